@@ -1,0 +1,44 @@
+# Every target installs first when needed: on a fresh clone, `make demo` or `make test` is enough.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-unit lint format bench dist clean
+
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv with everything, at the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@'$(PYTHON)' -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "raydistill needs Python 3.11 or newer; found: $$('$(or $(PYTHON),python3)' --version 2>&1). Install it, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into .venv (a minute or two, most of it for torch and ray) ..."
+	'$(PYTHON)' -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)  ## distil the tickets example, evaluate it and serve it: no key, no GPU
+	$(BIN)/python -m examples.tickets.demo
+
+test: $(INSTALLED)  ## unit and integration tests
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-unit: $(INSTALLED)  ## unit tests only: seconds
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## run every benchmark
+	set -e; for name in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))); do $(BIN)/python -m benchmarks.$$name; done
+
+dist: $(INSTALLED)  ## the wheel and constraints that cluster.yaml installs on each node
+	rm -rf build dist && $(BIN)/pip wheel -q --no-deps -w dist . && cp constraints.txt dist/
+
+clean:  ## remove .venv, caches and build outputs; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

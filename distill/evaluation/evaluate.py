@@ -1,0 +1,110 @@
+"""Runs the arms over the held-out examples: tracing with another LM, and a metric.
+
+The student answers through the engine that will serve it. Arms leave traces in the run's
+store, so an evaluation that was interrupted goes on where it stopped.
+"""
+
+import asyncio
+import dataclasses
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import dspy
+import huggingface_hub
+
+from distill.datasets import example_id
+from distill.evaluation.report import ExampleResult
+from distill.programs import Task
+from distill.rundir import local_folder
+from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
+from distill.tracing.trace import FailureKind, Trace
+from distill.tracing.tracer import with_current_score
+
+
+def teacher_lm(settings: dict[str, Any]) -> LmSpec:
+    """The teacher: ``dspy.LM`` with the user's settings.
+
+    DSPy's own cache is off: the trace store is what keeps answers, and a cached answer
+    would count as a call and lie about its latency.
+    """
+    return LmSpec(
+        make=functools.partial(dspy.LM, **{"cache": False, **settings}),
+        identity={"teacher": settings},
+    )
+
+
+def student_lm(model: str, identity: Any, num_gpus: float) -> LmSpec:
+    """A student or base model, answering in the actor's own process.
+
+    Args:
+        model: A student directory, or a Hugging Face directory or id.
+        identity: What names the model.
+        num_gpus: GPUs of one actor; 0 runs it on one CPU.
+    """
+    return LmSpec(
+        make=functools.partial(_make_student_lm, model, num_threads=None if num_gpus else 1),
+        identity={"student": identity},
+        override_lms=True,
+        num_gpus=num_gpus,
+    )
+
+
+def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
+    """Answer every example of the job, and score the answers.
+
+    Returns:
+        One result per example, in their order; equal examples share an answer.
+    """
+    collect(job, on_progress)
+    keys = job.keys()
+    by_id = {
+        example_id(keys[key]): with_current_score(trace, keys[key], job.task)
+        for key, trace in job.store.latest(keys).items()
+    }
+    return [_result(by_id[example_id(example)], example) for example in job.examples]
+
+
+def for_student(task: Task) -> Task:
+    """The task as a student runs it: without DSPy's second try in another format."""
+    from serve.student_lm import student_adapter
+
+    return dataclasses.replace(task, adapter=student_adapter(task.adapter))
+
+
+def _make_student_lm(model: str, num_threads: int | None) -> dspy.BaseLM:
+    from distill.training.base_model import CHAT_TEMPLATE
+    from serve.batcher import Batcher
+    from serve.engines.transformers import TransformersEngine
+    from serve.student_lm import StudentLM
+
+    with _local_model(model) as folder:
+        engine = TransformersEngine(folder, num_threads, CHAT_TEMPLATE)
+    return StudentLM(Batcher(engine).complete, asyncio.get_running_loop(), "student")
+
+
+def _local_model(model: str) -> AbstractContextManager[Path]:
+    if "://" in model or Path(model).is_dir():
+        return local_folder(model)
+    return nullcontext(Path(huggingface_hub.snapshot_download(model)))
+
+
+def _result(trace: Trace, example: dspy.Example) -> ExampleResult:
+    failure = trace.failure
+    if failure is not None:
+        status = "parse" if failure.kind is FailureKind.PARSE else "error"
+    else:
+        status = "error" if trace.score and trace.score.error else "ok"
+    return ExampleResult(
+        example_id=trace.example_id,
+        score=trace.score.value if trace.score else None,
+        status=status,  # type: ignore[arg-type]
+        latency_ms=1000 * trace.latency_s,
+        prompt_tokens=trace.usage.prompt_tokens,
+        completion_tokens=trace.usage.completion_tokens,
+        cost_usd=trace.usage.cost_usd,
+        inputs=example.inputs().toDict(),
+        expected=example.labels().toDict(),
+        prediction=trace.prediction,
+    )

@@ -1,0 +1,122 @@
+"""Whatever can be known before the first paid call, checked before it.
+
+``load`` reads and imports, and needs no Ray; ``check_cluster`` compares what the run asks
+for with what the cluster has. Both end in a ``ConfigurationError`` or in nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+
+from distill import cluster, datasets, programs, rows
+from distill.config import RunConfig
+from distill.evaluation.evaluate import teacher_lm
+from distill.programs import Task
+from serve.errors import ConfigurationError
+from serve.folding import Folding
+
+CHARS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, loaded and checked."""
+
+    task: Task
+    train: Sequence[dspy.Example]
+    dev: Sequence[dspy.Example]
+    test: Sequence[dspy.Example]
+    folding: Folding | None
+
+
+def load(config: RunConfig) -> Inputs:
+    """Load and check data, program, metric, teacher settings and student model.
+
+    Raises:
+        ConfigurationError: One of them cannot work.
+    """
+    _check_teacher(config.teacher.lm)
+    task = programs.load_task(config.program, config.metric)
+    task.dumps()
+    train, dev = _training_data(config)
+    test = datasets.load_examples(config.data.test, config.data)
+    programs.check_inputs(task.program, config.data.inputs)
+    if config.student.model != "scratch":
+        # Imported here: it brings torch, which a scratch student's check does not need.
+        from distill.training.base_model import check_base_model
+
+        check_base_model(config.student.model)
+    folding = None
+    if config.student.prompt == "folded":
+        folding = rows.learn_folding(task.program, task.adapter)
+    return Inputs(task, train, dev, test, folding)
+
+
+def check_cluster(config: RunConfig) -> None:
+    """Check that the connected cluster can hold the run.
+
+    Raises:
+        ConfigurationError: More workers or actors are asked for than fit.
+    """
+    kind = "GPU" if use_gpu(config) else "CPU"
+    _check_fits("train.num_workers", config.train.num_workers, kind)
+    _check_fits("trace.actors", config.trace.actors, "CPU")
+
+
+def use_gpu(config: RunConfig) -> bool:
+    """Whether training uses GPUs: as configured, or if the cluster has any."""
+    if config.train.use_gpu == "auto":
+        return cluster.capacity("GPU") > 0
+    return config.train.use_gpu
+
+
+def estimate(inputs: Inputs) -> dict[str, Any]:
+    """Calls and prompt tokens of tracing, from rendered prompts; no teacher is called.
+
+    Every predictor is taken to be called once an example, and a token to be four
+    characters, so loops and branches are not seen.
+    """
+    named = inputs.task.program.named_predictors()
+    num_examples = len(datasets.distinct([*inputs.train, *inputs.dev, *inputs.test]))
+    characters = 0
+    for _, predictor in named:
+        blank = dict.fromkeys(predictor.signature.input_fields, "")
+        messages = inputs.task.adapter.format(predictor.signature, predictor.demos, blank)
+        characters += sum(len(str(message["content"])) for message in messages)
+    values = [sum(len(str(v)) for v in e.inputs().toDict().values()) for e in inputs.train]
+    per_example = characters + len(named) * sum(values) / len(values)
+    return {
+        "examples": num_examples,
+        "teacher_calls": num_examples * len(named),
+        "prompt_tokens": round(num_examples * per_example / CHARS_PER_TOKEN),
+    }
+
+
+def _training_data(config: RunConfig) -> tuple[list[dspy.Example], list[dspy.Example]]:
+    train = datasets.load_examples(config.data.train, config.data)
+    if config.data.dev:
+        return train, datasets.load_examples(config.data.dev, config.data)
+    split: dict[bool, list[dspy.Example]] = {True: [], False: []}
+    for example in train:
+        split[datasets.is_dev(datasets.example_id(example))].append(example)
+    return split[False], split[True]
+
+
+def _check_teacher(settings: dict[str, Any]) -> None:
+    try:
+        teacher_lm(settings).make()
+    except Exception as error:
+        raise ConfigurationError(
+            f"teacher.lm={settings} is not what dspy.LM takes: {error}"
+        ) from error
+
+
+def _check_fits(key: str, asked: int, kind: str) -> None:
+    available = int(cluster.capacity(kind))
+    if asked > available:
+        raise ConfigurationError(
+            f"{key}={asked} needs {asked} {kind}s; the cluster has {available}. "
+            f"Lower {key} or add {kind} nodes in cluster.yaml."
+        )

@@ -1,0 +1,240 @@
+"""The user's program and metric: importing, describing, fingerprinting, carrying them.
+
+A program is named by an import path, ``package.module:factory``; it is looked for in the
+working directory first, as ``python -m`` would.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cloudpickle
+import dspy
+import pydantic
+
+from distill.datasets import canonical_json
+from serve.errors import ConfigurationError
+
+Metric = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is run over examples: the program, the adapter that renders it, the metric."""
+
+    program: dspy.Module
+    adapter: dspy.Adapter
+    metric: Metric | None
+
+    def dumps(self) -> bytes:
+        """The task as bytes that another process can load.
+
+        Raises:
+            ConfigurationError: It holds something that cannot be carried; the message
+                names the attribute.
+        """
+        try:
+            return cloudpickle.dumps(self)
+        except Exception as error:
+            culprit = _unpicklable(self.program, "program") or "the metric or adapter"
+            raise ConfigurationError(
+                f"{culprit} cannot be sent to Ray's workers: {error}. Create clients, locks and "
+                "open files when the program first needs them, not in __init__."
+            ) from error
+
+
+def load_task(program_path: str, metric_path: str | None) -> Task:
+    """Import and build a program and its metric.
+
+    Raises:
+        ConfigurationError: Either cannot be imported, or is not what it should be.
+    """
+    program = _call_factory(program_path)
+    metric = import_object(metric_path, "metric") if metric_path else None
+    if metric is not None and not callable(metric):
+        raise ConfigurationError(
+            f"metric: {metric_path} is a {type(metric).__name__}; expected a function "
+            "(example, prediction, trace=None)."
+        )
+    # A program may set its adapter when it is imported or built.
+    return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric)
+
+
+def import_object(path: str, role: str) -> Any:
+    """Import ``package.module:name``.
+
+    Raises:
+        ConfigurationError: The module does not import, or has no such name.
+    """
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        where = _last_line_in_user_code(error)
+        raise ConfigurationError(
+            f"{role}: cannot import {module_name}: {type(error).__name__}: {error}{where}. "
+            "Import paths are looked for from the working directory."
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ConfigurationError(
+            f"{role}: {module_name} has no {name!r}; its functions are {', '.join(known)}."
+        ) from None
+
+
+def check_inputs(program: dspy.Module, inputs: Sequence[str]) -> None:
+    """Check that ``program(**inputs)`` is a call that it accepts.
+
+    Raises:
+        ConfigurationError: The program lacks one of the inputs or requires another.
+    """
+    forward = _entry_point(program)
+    parameters = inspect.signature(forward)
+    try:
+        parameters.bind(**dict.fromkeys(inputs))
+    except TypeError as error:
+        raise ConfigurationError(
+            f"data.inputs={list(inputs)} does not fit the program's "
+            f"{forward.__name__}{parameters}: {error}."
+        ) from None
+    # A module that takes whatever comes, as DSPy's own do, hands it to its one predictor.
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.parameters.values())
+    expected = set(program.predictors()[0].signature.input_fields)
+    if takes_all and len(program.predictors()) == 1 and expected != set(inputs):
+        raise ConfigurationError(
+            f"data.inputs={list(inputs)} does not fit the program's signature, whose inputs are "
+            f"{sorted(expected)}."
+        )
+
+
+def runs_async(program: dspy.Module) -> bool:
+    """Whether the program itself, not only DSPy beneath it, defines ``aforward``."""
+    # DSPy's own modules have both; a thread costs them less than an event loop does.
+    return _defines(program, "aforward")
+
+
+def describe_signature(signature: type[dspy.Signature]) -> dict[str, Any]:
+    """A signature as JSON values: instructions and typed fields."""
+
+    def describe(field: Any) -> dict[str, Any]:
+        return {
+            "type": _describe_type(field.annotation),
+            "description": (field.json_schema_extra or {}).get("desc"),
+        }
+
+    return {
+        "instructions": signature.instructions,
+        "inputs": {name: describe(field) for name, field in signature.input_fields.items()},
+        "outputs": {name: describe(field) for name, field in signature.output_fields.items()},
+    }
+
+
+def program_fingerprint(task: Task) -> str:
+    """Changes when the program's answers may: its state, signatures, adapter or code.
+
+    Comments, formatting and docstrings of plain methods count for nothing.
+    """
+    program = task.program
+    predictors = {
+        name: {
+            "signature": describe_signature(predictor.signature),
+            "demos": [dict(demo) for demo in predictor.demos],
+            "config": predictor.config,
+        }
+        for name, predictor in program.named_predictors()
+    }
+    modules = {type(module) for _, module in program.named_sub_modules(dspy.Module)}
+    code = sorted(_code_of(kind) for kind in modules if not kind.__module__.startswith("dspy."))
+    adapter = {key: str(value) for key, value in sorted(vars(task.adapter).items())}
+    return fingerprint([predictors, code, type(task.adapter).__qualname__, adapter])
+
+
+def metric_fingerprint(metric: Metric) -> str:
+    """Changes when the metric's code does."""
+    return fingerprint(_code_of(metric))
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of JSON values."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
+
+
+def _call_factory(path: str) -> dspy.Module:
+    factory = import_object(path, "program")
+    try:
+        program = factory() if callable(factory) else factory
+    except Exception as error:
+        where = _last_line_in_user_code(error)
+        raise ConfigurationError(
+            f"program: {path}() raised {type(error).__name__}: {error}{where}."
+        ) from error
+    if not isinstance(program, dspy.Module):
+        raise ConfigurationError(
+            f"program: {path} gave a {type(program).__name__}; expected a function that "
+            "returns a dspy.Module."
+        )
+    if not program.predictors():
+        raise ConfigurationError(f"program: {path} has no predictors, so nothing to distill.")
+    return program
+
+
+def _entry_point(program: dspy.Module) -> Callable[..., Any]:
+    name = "aforward" if runs_async(program) else "forward"
+    method: Callable[..., Any] = object.__getattribute__(program, name)
+    return method
+
+
+def _defines(program: dspy.Module, method: str) -> bool:
+    owner = next((kind for kind in type(program).__mro__ if method in vars(kind)), None)
+    return owner is not None and not owner.__module__.startswith("dspy.")
+
+
+def _describe_type(annotation: Any) -> Any:
+    try:
+        return pydantic.TypeAdapter(annotation).json_schema()
+    except (pydantic.errors.PydanticUserError, TypeError):
+        # Types without a schema, as classes of the user's own, are known by their name.
+        return getattr(annotation, "__qualname__", str(annotation))
+
+
+def _code_of(thing: Any) -> str:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError, SyntaxError):
+        # No source, as for what is typed into an interpreter: the name must do.
+        code = getattr(thing, "__code__", None)
+        return f"{thing!r}" if code is None else f"{code.co_code.hex()} {code.co_consts!r}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _unpicklable(value: Any, path: str, depth: int = 4) -> str | None:
+    for name, attribute in getattr(value, "__dict__", {}).items():
+        try:
+            cloudpickle.dumps(attribute)
+        except Exception:
+            inner = _unpicklable(attribute, f"{path}.{name}", depth - 1) if depth else None
+            return inner or f"{path}.{name} ({type(attribute).__name__})"
+    return None
+
+
+def _last_line_in_user_code(error: BaseException) -> str:
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    if frame is None or frame.tb_frame.f_code.co_filename.startswith("<frozen"):
+        return ""
+    return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})"

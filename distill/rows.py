@@ -1,0 +1,141 @@
+"""Traces become rows: one training conversation for each predictor call.
+
+Pure: rendered through the program's own adapter, then folded where folding is on and
+matches. Which traces are kept is decided here as well.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import dspy
+
+from distill.config import TraceConfig
+from distill.tracing.trace import FailureKind, PredictorCall, Trace, passes
+from distill.tracing.values import allows_none, revive
+from serve.folding import Folding
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training conversation; the last message is the assistant's."""
+
+    messages: Sequence[Mapping[str, Any]]
+    predictor: str
+    example_id: str
+    folded: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in a rows file."""
+        return asdict(self)
+
+
+@dataclass
+class RowCounts:
+    """What became of the calls that did not become rows, or only full ones."""
+
+    folded: int = 0
+    full: int = 0
+    unknown_predictor: int = 0
+    missing_output: int = 0
+    unrenderable: Counter[str] = field(default_factory=Counter)
+
+
+def keep(traces: Iterable[Trace], config: TraceConfig, has_metric: bool) -> list[Trace]:
+    """The traces to learn from: finished ones that pass the metric, if it filters."""
+    finished = [trace for trace in traces if trace.failure is None]
+    if not has_metric or config.keep == "all":
+        return finished
+    return [trace for trace in finished if passes(trace.score, config.metric_threshold)]
+
+
+def count_rejections(traces: Sequence[Trace], kept: Sequence[Trace]) -> dict[str, int]:
+    """How many of the traces are not among the kept ones, by reason."""
+    chosen = {id(trace) for trace in kept}
+    reasons = Counter(_reason(trace) for trace in traces if id(trace) not in chosen)
+    return {reason: reasons[reason] for reason in ("metric", "parse", "error")}
+
+
+def learn_folding(program: dspy.Module, adapter: dspy.Adapter) -> Folding:
+    """The folding of a program's predictors under an adapter."""
+    named = program.named_predictors()
+    return Folding.learn({name: (p.signature, p.demos) for name, p in named}, adapter)
+
+
+def render_rows(
+    traces: Iterable[Trace],
+    program: dspy.Module,
+    adapter: dspy.Adapter,
+    folding: Folding | None,
+) -> tuple[list[Row], RowCounts]:
+    """Render every predictor call as the conversation that would lead to its answer.
+
+    Args:
+        traces: The traces to learn from.
+        program: Gives each predictor's signature and demos, by name.
+        adapter: Renders prompts and completions.
+        folding: None leaves the prompts full.
+    """
+    predictors = dict(program.named_predictors())
+    rows, counts = [], RowCounts()
+    for trace in traces:
+        for call in trace.calls:
+            predictor = predictors.get(call.predictor or "")
+            if predictor is None:
+                counts.unknown_predictor += 1
+            elif _lacks_output(call, predictor.signature):
+                counts.missing_output += 1
+            else:
+                row = _render(call, predictor, adapter, folding, trace.example_id, counts)
+                rows.extend([row] if row else [])
+    return rows, counts
+
+
+def _render(
+    call: PredictorCall,
+    predictor: dspy.Predict,
+    adapter: dspy.Adapter,
+    folding: Folding | None,
+    example_id: str,
+    counts: RowCounts,
+) -> Row | None:
+    signature = predictor.signature
+    inputs = revive(call.inputs, signature.input_fields)
+    outputs = revive(call.outputs, signature.output_fields)
+    try:
+        prompt = adapter.format(signature, predictor.demos, inputs)
+        answer = adapter.format_assistant_message_content(signature, outputs)
+    # Adapters are the user's to write, and one value of a field type may be what breaks
+    # one; the row is left out, counted and shown.
+    except Exception as error:
+        counts.unrenderable[f"{type(error).__name__}: {error}"] += 1
+        logger.warning("A call of %s cannot be rendered: %s", call.predictor, error)
+        return None
+    messages = [*prompt, {"role": "assistant", "content": answer}]
+    folded = folding.fold_row(messages) if folding else None
+    counts.folded += folded is not None
+    counts.full += folded is None
+    return Row(
+        messages=folded.messages if folded else messages,
+        predictor=call.predictor or "",
+        example_id=example_id,
+        folded=folded is not None,
+    )
+
+
+def _reason(trace: Trace) -> str:
+    if trace.failure is not None:
+        return "parse" if trace.failure.kind is FailureKind.PARSE else "error"
+    return "error" if trace.score and trace.score.error else "metric"
+
+
+def _lacks_output(call: PredictorCall, signature: type[dspy.Signature]) -> bool:
+    # A None rendered as text would teach the student to say "None".
+    return any(
+        call.outputs.get(name) is None and not allows_none(field.annotation)
+        for name, field in signature.output_fields.items()
+    )

@@ -1,0 +1,139 @@
+"""The run directory: everything one run leaves behind, on a local folder or an fsspec URI.
+
+Owns names and atomic writes. What the files mean is for the stages that write them.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from serve.errors import ConfigurationError
+
+
+class RunDir:
+    """One run's directory, ``<storage>/<name>``.
+
+    Args:
+        uri: A local path or an fsspec URI, such as ``s3://bucket/runs/banking77``.
+
+    Raises:
+        ConfigurationError: The URI's scheme is unknown, or its package is not installed.
+    """
+
+    def __init__(self, uri: str) -> None:
+        try:
+            self._fs, self._root = fsspec.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise ConfigurationError(f"storage: {uri} cannot be used: {error}") from None
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.uri = self._root if self.is_local else uri.rstrip("/")
+
+    def create(self) -> None:
+        """Make the directory, and see that it can be written.
+
+        Raises:
+            ConfigurationError: It cannot.
+        """
+        try:
+            self._fs.makedirs(self._root, exist_ok=True)
+            self.write_text(".writable", "")
+            self._fs.rm(f"{self._root}/.writable")
+        except OSError as error:
+            raise ConfigurationError(f"storage: {self.uri} cannot be written: {error}") from None
+
+    def join(self, name: str) -> str:
+        """The URI of something in the directory."""
+        return f"{self.uri}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder is there."""
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(f"{self._root}/{name}"))
+
+    def read_json(self, name: str) -> Any:
+        """The JSON file's value, or None where there is no such file."""
+        try:
+            return json.loads(self._fs.cat_file(f"{self._root}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file at once: a reader sees the old one or the new one."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def write_jsonl(self, name: str, values: Iterable[Mapping[str, Any]]) -> None:
+        """Write JSON lines at once."""
+        lines = (json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        self.write_text(name, "".join(lines))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file at once."""
+        path = f"{self._root}/{name}"
+        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if not self.is_local:
+            # Object stores replace whole objects, so a plain write is atomic there.
+            self._fs.pipe_file(path, text.encode())
+            return
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A local folder to fill; on leaving it takes the place of ``name``.
+
+        What was there before goes away; a kill in the middle leaves no ``name`` at all,
+        never half of one.
+        """
+        parent = self._root if self.is_local else None
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+            folder = Path(temporary) / name
+            folder.mkdir()
+            yield folder
+            path = f"{self._root}/{name}"
+            if self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
+            if self.is_local:
+                os.replace(folder, path)
+            else:
+                self._fs.put(f"{folder}/", f"{path}/", recursive=True)
+
+    @contextlib.contextmanager
+    def appending(self, name: str) -> Iterator[Path]:
+        """A local file to append to; a remote one is written back on leaving."""
+        path = f"{self._root}/{name}"
+        if self.is_local:
+            yield Path(path)
+            return
+        with tempfile.TemporaryDirectory(prefix="raydistill-") as temporary:
+            file = Path(temporary) / Path(name).name
+            if self._fs.exists(path):
+                self._fs.get_file(path, str(file))
+            try:
+                yield file
+            finally:
+                if file.exists():
+                    self._fs.put_file(str(file), path)
+
+
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """A folder's local path: itself, or a copy of a remote one for as long as needed."""
+    fs, path = fsspec.url_to_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="raydistill-") as temporary:
+        target = Path(temporary) / Path(path).name
+        fs.get(f"{path}/", f"{target}/", recursive=True)
+        yield target

@@ -1,0 +1,162 @@
+"""What the stages say of themselves: a line on the terminal, a section in the report."""
+
+import contextlib
+import importlib.metadata
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from distill.config import RunConfig
+from distill.preflight import Inputs
+from distill.progress import ProgressReporter, Stage
+from distill.rows import RowCounts
+from distill.rundir import RunDir
+from distill.tracing.collect import OnProgress
+from distill.tracing.limits import Counts
+from distill.tracing.trace import Trace, total_usage
+from serve.folding import Folding
+
+PACKAGES = ("raydistill", "ray", "dspy", "torch", "transformers", "deepspeed")
+TIMES = "times.json"
+
+
+@contextlib.contextmanager
+def timed(directory: RunDir, stage: str) -> Iterator[None]:
+    """Add to the seconds that a stage has taken, over all the times it was run."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        times = directory.read_json(TIMES) or {}
+        times[stage] = times.get(stage, 0.0) + time.monotonic() - start
+        directory.write_json(TIMES, times)
+
+
+def show_tracing(stage: Stage) -> OnProgress:
+    """A callback that shows tracing: failures, calls a second, cost."""
+    start = time.monotonic()
+
+    def show(counts: Counts, calls: int, total: int) -> None:
+        rate = calls / max(time.monotonic() - start, 1e-9)
+        text = f"{counts.finished - counts.failed} ok, {counts.failed} failed"
+        if calls:
+            text += f", {calls} calls ({rate:.0f}/s)"
+        if counts.cost_usd:
+            text += f", ${counts.cost_usd:.4f}"
+        stage.update(
+            counts.finished, total, text, failed=counts.failed, calls=calls, cost=counts.cost_usd
+        )
+
+    return show
+
+
+def show_training(stage: Stage, progress: ProgressReporter) -> Callable[[Mapping[str, Any]], None]:
+    """A callback that shows the events of training."""
+
+    def show(event: Mapping[str, Any]) -> None:
+        if event["event"] == "train_step":
+            text = f"loss {event['loss']:.3f}, {event['tokens_per_s']:.0f} tokens/s"
+            stage.update(event["step"], event["num_steps"], text, **_fields(event))
+        else:
+            progress.event(event["event"], **_fields(event))
+
+    return show
+
+
+def describe_inputs(inputs: Inputs) -> str:
+    """The checked inputs in a line."""
+    counts = f"{len(inputs.train)} train, {len(inputs.dev)} dev, {len(inputs.test)} test examples"
+    unfoldable = inputs.folding.unfoldable if inputs.folding else {}
+    return "; ".join(
+        [counts, *(f"prompts of {name} stay full ({why})" for name, why in unfoldable.items())]
+    )
+
+
+def describe_rows(num_rows: int, counts: RowCounts, rejected: Mapping[str, int]) -> str:
+    """The rows in a line, with what was left out and why."""
+    parts = [f"{num_rows} rows, {counts.folded} folded"]
+    left_out = {
+        **{f"rejected by {reason}": count for reason, count in rejected.items()},
+        "calls of no known predictor": counts.unknown_predictor,
+        "calls without an output": counts.missing_output,
+        "calls that cannot be rendered": sum(counts.unrenderable.values()),
+    }
+    parts += [f"{count} {what}" for what, count in left_out.items() if count]
+    return ", ".join(parts)
+
+
+def describe_training(result: Any) -> str:
+    """The training in a line."""
+    parts = [f"{result.num_parameters / 1e6:.1f} M parameters", f"{result.steps} steps"]
+    parts.append(f"train loss {result.train_loss:.3f}")
+    if result.val_loss is not None:
+        parts.append(f"validation loss {result.val_loss:.3f} (epoch {result.best_epoch})")
+    if result.dropped_rows:
+        parts.append(f"{result.dropped_rows} rows over train.max_length left out")
+    return ", ".join(parts)
+
+
+def no_rows(traces: Sequence[Trace], rejected: Mapping[str, int]) -> str:
+    """The message of a run that has nothing to learn from."""
+    reasons = ", ".join(f"{count} by {reason}" for reason, count in rejected.items() if count)
+    failures = [trace.failure.message for trace in traces if trace.failure]
+    errors = [trace.score.error for trace in traces if trace.score and trace.score.error]
+    common = Counter([*failures, *errors]).most_common(1)
+    example = "".join(f" The most common error: {error}." for error, _ in common)
+    return (
+        f"None of {len(traces)} traces is good enough to learn from; rejected: "
+        f"{reasons or 'none, but no call could be rendered'}.{example} Look at the metric (or set "
+        "trace.keep=all) and run the same command again; traces are kept."
+    )
+
+
+def tracing_section(
+    directory: RunDir, traces: Sequence[Trace], kept: int, rejected: Mapping[str, int]
+) -> dict[str, Any]:
+    """The report's ``tracing``."""
+    usage = total_usage([trace.usage for trace in traces])
+    return {
+        "examples": len(traces),
+        "kept": kept,
+        "rejected": dict(rejected),
+        "teacher_calls": usage.calls,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cost_usd": usage.cost_usd,
+        "seconds": (directory.read_json(TIMES) or {}).get("trace"),
+    }
+
+
+def folding_section(folding: Folding | None, counts: RowCounts) -> dict[str, Any] | None:
+    """The report's ``folding``; None where prompts are full."""
+    if folding is None:
+        return None
+    unfoldable = dict(folding.unfoldable)
+    return {"rows_folded": counts.folded, "rows_full": counts.full, "unfoldable": unfoldable}
+
+
+def run_section(directory: RunDir, config: RunConfig) -> dict[str, Any]:
+    """The report's ``run``: what was run, when, and by which versions."""
+    return {
+        "name": config.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "directory": directory.uri,
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a student depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def training_section(result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The report's ``training``."""
+    return {key: value for key, value in (result or {}).items() if key != "model_dir"}
+
+
+def _fields(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key != "event"}

@@ -1,0 +1,267 @@
+"""Runs a task over examples on Ray actors, durably: the dispatcher and its actor.
+
+Each actor keeps a bounded number of examples in flight and writes its traces to the store
+itself; only then does it acknowledge them. The driver holds ids and counts. Evaluation is
+this with another LM, so it goes through here as well.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import dspy
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from distill.datasets import distinct
+from distill.programs import Task, fingerprint, program_fingerprint
+from distill.tracing.limits import Counts, Limits, StopReason, explain, should_stop
+from distill.tracing.store import TraceStore
+from distill.tracing.trace import Failure, FailureKind, Trace
+from distill.tracing.tracer import Tracer
+from serve.errors import BudgetExceeded, TracingError
+
+logger = logging.getLogger(__name__)
+
+MAX_LOST_ACTORS = 3
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class LmSpec:
+    """An LM to answer with: how to make it in an actor, and what names it.
+
+    Attributes:
+        make: Called once in each actor, inside its event loop.
+        identity: JSON values; a change of them makes a trace a different one.
+        override_lms: Whether it takes the place of predictors' own LMs.
+        num_cpus, num_gpus: What one actor of it asks Ray for.
+    """
+
+    make: Callable[[], dspy.BaseLM]
+    identity: Any
+    override_lms: bool = False
+    num_cpus: float = 1
+    num_gpus: float = 0
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A task to run over examples with an LM, and how."""
+
+    task: Task
+    lm: LmSpec
+    examples: Sequence[dspy.Example]
+    store: TraceStore
+    actors: int
+    concurrency: int
+    limits: Limits
+
+    def keys(self) -> dict[str, dspy.Example]:
+        """Examples by trace key, equal ones once."""
+        context = fingerprint([program_fingerprint(self.task), self.lm.identity])
+        return {
+            fingerprint([identity, context]): example
+            for identity, example in distinct(self.examples).items()
+        }
+
+
+@dataclass(frozen=True)
+class Acknowledgement:
+    """What an actor says of a durable trace."""
+
+    key: str
+    failure: Failure | None
+    calls: int
+    cost_usd: float | None
+
+
+OnProgress = Callable[[Counts, int, int], None]
+
+
+def collect(job: Collection, on_progress: OnProgress) -> None:
+    """Trace what the store does not hold yet; everything acknowledged is durable.
+
+    Args:
+        job: What to trace.
+        on_progress: Called with counts, new teacher calls, and the total of examples.
+
+    Raises:
+        BudgetExceeded: The budget is used up.
+        TracingError: Too much failed, the teacher cannot be used, or actors keep dying.
+    """
+    keys = job.keys()
+    counts, todo = _resume(job, keys)
+    on_progress(counts, 0, len(keys))
+    if not todo:
+        return
+    dispatcher = _Dispatcher(job, counts, todo, len(keys), on_progress)
+    with _actors(job) as actors:
+        stopped = dispatcher.run(actors)
+    if stopped is StopReason.BUDGET:
+        raise BudgetExceeded(explain(stopped, counts, job.limits))
+    if stopped:
+        raise TracingError(explain(stopped, counts, job.limits))
+
+
+def _resume(job: Collection, keys: Mapping[str, Any]) -> tuple[Counts, deque[str]]:
+    done = job.store.latest(keys)
+    counts = Counts()
+    for trace in done.values():
+        if not _worth_repeating(trace):
+            counts.add(trace.failure, trace.usage.cost_usd)
+    return counts, deque(key for key in keys if key not in done or _worth_repeating(done[key]))
+
+
+def _worth_repeating(trace: Trace) -> bool:
+    # The teacher could not be reached then; a program that raised will raise again.
+    return trace.failure is not None and trace.failure.kind is FailureKind.TEACHER
+
+
+class _Dispatcher:
+    """Hands examples to actors, a bounded window at a time, until done or stopped."""
+
+    def __init__(
+        self,
+        job: Collection,
+        counts: Counts,
+        todo: deque[str],
+        total: int,
+        on_progress: OnProgress,
+    ) -> None:
+        self._job, self._counts, self._todo, self._total = job, counts, todo, total
+        self._examples = job.keys()
+        self._on_progress = on_progress
+        self._calls = 0
+        self._lost = 0
+        self._flights: dict[Any, tuple[str, Any]] = {}
+
+    def run(self, actors: Sequence[Any]) -> StopReason | None:
+        """Dispatch until nothing is left, or until a limit says stop."""
+        stopped = None
+        idle = deque(actor for _ in range(self._job.concurrency) for actor in actors)
+        while self._flights or (self._todo and not stopped):
+            while self._todo and idle and not stopped:
+                stopped = self._limit()
+                if not stopped:
+                    self._launch(self._todo.popleft(), idle.popleft())
+            if self._flights:
+                idle.extend(self._land())
+            stopped = stopped or self._limit()
+            self._on_progress(self._counts, self._calls, self._total)
+        return stopped
+
+    def _limit(self) -> StopReason | None:
+        return should_stop(self._counts, self._job.limits, len(self._flights), self._total)
+
+    def _launch(self, key: str, actor: Any) -> None:
+        self._flights[actor.trace.remote(key, self._examples[key])] = (key, actor)
+
+    def _land(self) -> list[Any]:
+        refs = list(self._flights)
+        ray.wait(refs, num_returns=1, timeout=POLL_S)
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        freed = []
+        for ref in ready:
+            key, actor = self._flights.pop(ref)
+            freed.append(actor)
+            try:
+                acknowledged = ray.get(ref)
+            except RayActorError as error:
+                self._requeue(key, error)
+                continue
+            except RayTaskError as error:
+                cause = error.cause if error.cause is not None else error
+                raise TracingError(
+                    f"A tracing actor failed: {type(cause).__name__}: {cause}. What was traced is "
+                    "kept; mend the cause and run the same command again."
+                ) from error
+            self._calls += acknowledged.calls
+            self._counts.add(acknowledged.failure, acknowledged.cost_usd)
+            self._counts.unpriced |= acknowledged.calls > 0 and acknowledged.cost_usd is None
+        return freed
+
+    def _requeue(self, key: str, error: RayActorError) -> None:
+        # Ray restarts the actor; the example was not durable, so it runs again.
+        self._lost += 1
+        logger.warning("An actor died with example %s in flight: %s", key, error)
+        if self._lost > MAX_LOST_ACTORS * self._job.concurrency:
+            raise TracingError(
+                f"Tracing actors keep dying: {error}. What was traced is kept; look at the logs "
+                "for the cause (memory is the usual one) and run the same command again."
+            ) from error
+        self._todo.append(key)
+
+
+@contextlib.contextmanager
+def _actors(job: Collection) -> Iterator[list[Any]]:
+    payload = cloudpickle.dumps(
+        (job.task.dumps(), job.lm.make, job.lm.override_lms, job.concurrency, job.store.uri)
+    )
+    remote = ray.remote(TraceActor).options(
+        num_cpus=job.lm.num_cpus,
+        num_gpus=job.lm.num_gpus,
+        max_concurrency=job.concurrency + 1,
+        max_restarts=MAX_LOST_ACTORS,
+    )
+    actors = [remote.remote(payload, sys.path) for _ in range(job.actors)]
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+class TraceActor:
+    """The thin shell around a ``Tracer``: traces, makes durable, acknowledges."""
+
+    def __init__(self, payload: bytes, import_paths: Sequence[str]) -> None:
+        # The user's program is imported here by name, from where the driver found it.
+        sys.path.extend(path for path in import_paths if path not in sys.path)
+        self._payload = payload
+        self._tracer: Tracer | None = None
+        self._pending: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
+        self._committing: asyncio.Task[None] | None = None
+
+    async def trace(self, key: str, example: dspy.Example) -> Acknowledgement:
+        """Trace one example; durable when this returns."""
+        if self._tracer is None:
+            self._set_up()
+        assert self._tracer is not None
+        trace = await self._tracer.trace(key, example)
+        await self._commit(trace)
+        return Acknowledgement(key, trace.failure, trace.usage.calls, trace.usage.cost_usd)
+
+    def _set_up(self) -> None:
+        # Not in __init__, which runs outside the event loop that an LM may need.
+        task, make_lm, override_lms, concurrency, uri = cloudpickle.loads(self._payload)
+        self._writer = TraceStore(uri).writer()
+        self._tracer = Tracer(
+            cloudpickle.loads(task), make_lm(), concurrency=concurrency, override_lms=override_lms
+        )
+
+    async def _commit(self, trace: Trace) -> None:
+        # What finishes while one write is under way goes into the next: one sync for many.
+        done = asyncio.get_running_loop().create_future()
+        self._pending.append((trace.to_json(), done))
+        if self._committing is None or self._committing.done():
+            self._committing = asyncio.create_task(self._write_pending())
+        await done
+
+    async def _write_pending(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            try:
+                await asyncio.to_thread(self._writer.append, [trace for trace, _ in batch])
+            except Exception as error:
+                for _, done in batch:
+                    done.set_exception(error)
+                continue
+            for _, done in batch:
+                done.set_result(None)

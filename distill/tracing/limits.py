@@ -1,0 +1,120 @@
+"""When tracing should stop: decisions as values, made by pure functions.
+
+``collect`` counts and carries out; this file decides.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from distill.tracing.trace import Failure, FailureKind
+
+MIN_SAMPLE = 20
+
+# DSPy 3.4's names, and those of litellm, which DSPy 3.1 lets through.
+HOPELESS = {
+    "LMAuthError",
+    "LMBillingError",
+    "LMConfigurationError",
+    "LMNotConfiguredError",
+    "LMUnsupportedModelError",
+    "AuthenticationError",
+    "PermissionDeniedError",
+    "NotFoundError",
+}
+
+
+class StopReason(StrEnum):
+    """Why tracing ends before its last example."""
+
+    HOPELESS = "hopeless"
+    FAILURES = "failures"
+    BUDGET = "budget"
+    UNPRICED = "unpriced"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds of a run. ``max_failure_rate`` is a share; None is no bound."""
+
+    max_failure_rate: float = 1.0
+    budget_usd: float | None = None
+
+
+@dataclass
+class Counts:
+    """What has happened so far, resumed traces included."""
+
+    finished: int = 0
+    failed: int = 0
+    cost_usd: float = 0.0
+    unpriced: bool = False
+    """Whether a call was made whose price is not known."""
+    reasons: Counter[tuple[FailureKind, str]] = field(default_factory=Counter)
+    messages: dict[tuple[FailureKind, str], str] = field(default_factory=dict)
+
+    def add(self, failure: Failure | None, cost_usd: float | None) -> None:
+        """Count one finished example."""
+        self.finished += 1
+        self.cost_usd += cost_usd or 0.0
+        if failure:
+            self.failed += 1
+            reason = (failure.kind, failure.type)
+            self.reasons[reason] += 1
+            self.messages.setdefault(reason, failure.message)
+
+    def worst(self) -> str:
+        """The most common failures, in words."""
+        return "; ".join(
+            f"{count} x {reason[1]}: {_first_line(self.messages[reason])}"
+            for reason, count in self.reasons.most_common(3)
+        )
+
+
+def should_stop(counts: Counts, limits: Limits, in_flight: int, total: int) -> StopReason | None:
+    """Whether to stop handing out examples, and why.
+
+    Args:
+        counts: What has finished.
+        limits: The bounds.
+        in_flight: Examples handed out and not finished, which may still cost money.
+        total: Examples of the whole run.
+    """
+    if any(kind is FailureKind.TEACHER and name in HOPELESS for kind, name in counts.reasons):
+        return StopReason.HOPELESS
+    # A few early failures say little; too many to be made good say enough.
+    enough = counts.finished >= min(MIN_SAMPLE, total)
+    if enough and counts.failed > limits.max_failure_rate * counts.finished:
+        return StopReason.FAILURES
+    if limits.budget_usd is not None and counts.unpriced:
+        return StopReason.UNPRICED
+    if limits.budget_usd is not None and counts.finished:
+        expected = counts.cost_usd / counts.finished * (in_flight + 1)
+        if counts.cost_usd + expected > limits.budget_usd:
+            return StopReason.BUDGET
+    return None
+
+
+def explain(reason: StopReason, counts: Counts, limits: Limits) -> str:
+    """The message of the error that ends the run."""
+    if reason is StopReason.HOPELESS:
+        return f"The teacher cannot be used: {counts.worst()} Correct teacher.lm or its key."
+    if reason is StopReason.FAILURES:
+        return (
+            f"{counts.failed} of {counts.finished} examples failed, more than "
+            f"trace.max_failure_rate={limits.max_failure_rate}: {counts.worst()}. What was traced "
+            "is kept; mend the cause, or raise the rate, and run the same command again."
+        )
+    if reason is StopReason.UNPRICED:
+        return (
+            "trace.budget_usd cannot be kept: the teacher's calls have no known price. Remove the "
+            "budget, or choose a model that DSPy knows the price of."
+        )
+    return (
+        f"Stopped at ${counts.cost_usd:.4f} of trace.budget_usd={limits.budget_usd}. What was "
+        "traced is kept; raise the budget and run the same command again to go on."
+    )
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), text)[:200]

@@ -1,0 +1,126 @@
+"""What is kept of one run of a program: the trace.
+
+Pure values and their JSON form. A trace holds the predictor calls in order, what the
+program answered, the score, the usage, and, where the run failed, why: a failed example is
+data, not a crash.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class FailureKind(StrEnum):
+    """Who is to blame for a failed example."""
+
+    PARSE = "parse"
+    """The LM answered what the adapter could not read."""
+    TEACHER = "teacher"
+    """The LM did not answer: network, rate limit, authentication."""
+    PROGRAM = "program"
+    """The user's program raised."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an example failed: the error's type and message, and whose it was."""
+
+    kind: FailureKind
+    type: str
+    message: str
+
+
+@dataclass(frozen=True)
+class PredictorCall:
+    """One call of one predictor; values are JSON values.
+
+    ``predictor`` is its name in the program, or None when the program built it on the fly.
+    """
+
+    predictor: str | None
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a trace took. None: the provider did not say."""
+
+    calls: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost_usd: float | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's verdict, and on which version of the metric it rests."""
+
+    metric: str
+    value: float | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of a program on one example. ``key`` names example, program and LM at once."""
+
+    key: str
+    example_id: str
+    calls: Sequence[PredictorCall]
+    prediction: Mapping[str, Any] | None
+    usage: Usage
+    latency_s: float
+    score: Score | None = None
+    failure: Failure | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The trace as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Trace":
+        """The trace that ``to_json`` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: The record is not one.
+        """
+        score, failure = record["score"], record["failure"]
+        return cls(
+            key=record["key"],
+            example_id=record["example_id"],
+            calls=tuple(PredictorCall(**call) for call in record["calls"]),
+            prediction=record["prediction"],
+            usage=Usage(**record["usage"]),
+            latency_s=record["latency_s"],
+            score=Score(**score) if score else None,
+            failure=Failure(**{**failure, "kind": FailureKind(failure["kind"])})
+            if failure
+            else None,
+        )
+
+
+def passes(score: Score | None, threshold: float | None) -> bool:
+    """Whether a score lets its example through the metric's filter.
+
+    Without a threshold every score above zero passes, True among them; a negative score
+    never does, though it is a true value to Python.
+    """
+    if score is None or score.value is None:
+        return False
+    return score.value > 0 if threshold is None else score.value >= threshold
+
+
+def total_usage(usages: Sequence[Usage]) -> Usage:
+    """Sums; a sum with an unknown part is unknown."""
+
+    def total(values: Sequence[Any]) -> Any:
+        return None if not values or None in values else sum(values)
+
+    return Usage(
+        calls=sum(usage.calls for usage in usages),
+        prompt_tokens=total([usage.prompt_tokens for usage in usages]),
+        completion_tokens=total([usage.completion_tokens for usage in usages]),
+        cost_usd=total([usage.cost_usd for usage in usages]),
+    )

@@ -1,0 +1,210 @@
+"""Runs a program on one example and returns the trace.
+
+A plain class, without Ray: the actor around it is ``collect.TraceActor``. Whatever the
+program, the LM or the metric raises is caught here and becomes data, once.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.utils.exceptions import AdapterParseError
+
+from distill.datasets import example_id
+from distill.programs import Task, metric_fingerprint, runs_async
+from distill.tracing.trace import (
+    Failure,
+    FailureKind,
+    PredictorCall,
+    Score,
+    Trace,
+    Usage,
+    total_usage,
+)
+from distill.tracing.values import jsonable, revive_prediction
+
+MAX_MESSAGE_CHARS = 2_000
+MAX_TRACE_STEPS = 1_000_000
+
+
+@dataclass
+class _Run:
+    """What one run of the program leaves behind, filled while it runs."""
+
+    steps: list[Any]
+    entries: list[dict[str, Any]]
+    prediction: dspy.Prediction | None = None
+    error: Exception | None = None
+    latency_s: float = 0.0
+
+
+class Tracer:
+    """Runs a task's program on examples, many at a time.
+
+    Args:
+        task: Program, adapter and metric.
+        lm: The LM that answers; predictors with an LM of their own keep it.
+        override_lms: Put ``lm`` in the place of the predictors' own LMs as well.
+        concurrency: Examples in flight.
+    """
+
+    def __init__(
+        self, task: Task, lm: dspy.BaseLM, *, concurrency: int, override_lms: bool = False
+    ) -> None:
+        self._task = task
+        self._lm = lm
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")
+        self._metric = metric_fingerprint(task.metric) if task.metric else None
+        if override_lms:
+            task.program.set_lm(None)
+        named = task.program.named_predictors()
+        self._by_identity = {id(predictor): name for name, predictor in named}
+        self._by_stage = _unique((predictor.stage, name) for name, predictor in named)
+
+    async def trace(self, key: str, example: dspy.Example) -> Trace:
+        """Run the program on one example.
+
+        Never raises for what the program, the LM or the metric does.
+        """
+        run = _Run(steps=[], entries=[])
+        if runs_async(self._task.program):
+            await self._run_async(example, run)
+        else:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, self._run_sync, example, run)
+        score = await self._score(example, run)
+        return Trace(
+            key=key,
+            example_id=example_id(example),
+            calls=tuple(self._call(*step) for step in run.steps),
+            prediction=jsonable(run.prediction.toDict()) if run.prediction is not None else None,
+            usage=total_usage([_usage(entry) for entry in run.entries]),
+            latency_s=run.latency_s,
+            score=score,
+            failure=_failure(run.error) if run.error else None,
+        )
+
+    @contextlib.contextmanager
+    def _context(self, run: _Run) -> Iterator[None]:
+        # A copy of the LM per run: its history is then this example's alone. Overriding
+        # update_history keeps DSPy's process-wide histories from growing with the run.
+        lm = self._lm.copy()
+        lm.update_history = run.entries.append
+        start = time.perf_counter()
+        try:
+            with dspy.context(
+                lm=lm, adapter=self._task.adapter, trace=run.steps, max_trace_size=MAX_TRACE_STEPS
+            ):
+                yield
+        except Exception as error:
+            run.error = error
+        finally:
+            run.latency_s = time.perf_counter() - start
+
+    def _run_sync(self, example: dspy.Example, run: _Run) -> None:
+        with self._context(run):
+            run.prediction = _checked(self._task.program(**example.inputs()))
+
+    async def _run_async(self, example: dspy.Example, run: _Run) -> None:
+        with self._context(run):
+            run.prediction = _checked(await self._task.program.acall(**example.inputs()))
+
+    async def _score(self, example: dspy.Example, run: _Run) -> Score | None:
+        if self._metric is None or run.prediction is None:
+            return None
+        metric: Callable[..., Any] = self._task.metric  # type: ignore[assignment]
+
+        def score() -> Score:
+            # The metric may ask an LM of its own, but must not add steps to the trace.
+            with dspy.context(lm=self._lm, adapter=self._task.adapter, trace=None):
+                return score_prediction(metric, self._metric or "", example, run.prediction)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, score)
+
+    def _call(self, predictor: Any, inputs: dict[str, Any], outputs: Any) -> PredictorCall:
+        # Programs copy predictors as they run (retries, best of n): a copy keeps its stage.
+        name = self._by_identity.get(id(predictor)) or self._by_stage.get(predictor.stage)
+        return PredictorCall(name, jsonable(inputs), jsonable(dict(outputs.items())))
+
+
+def score_prediction(
+    metric: Callable[..., Any], identity: str, example: dspy.Example, prediction: Any
+) -> Score:
+    """Ask the metric; what it raises is kept with the score."""
+    try:
+        verdict = metric(example, prediction, None)
+        # A metric may return dspy.Prediction(score=..., feedback=...).
+        value = float(getattr(verdict, "score", verdict))
+    except Exception as error:
+        return Score(identity, None, _describe(error))
+    if not math.isfinite(value):
+        return Score(identity, None, f"the metric returned {value}")
+    return Score(identity, value)
+
+
+def with_current_score(trace: Trace, example: dspy.Example, task: Task) -> Trace:
+    """The trace, scored anew if its score is not by the task's metric as it is now.
+
+    A changed metric changes what is kept, not what the teacher said, so it costs no calls.
+    """
+    identity = metric_fingerprint(task.metric) if task.metric else None
+    if trace.prediction is None or identity == (trace.score and trace.score.metric):
+        return trace
+    if task.metric is None or identity is None:
+        return dataclasses.replace(trace, score=None)
+    prediction = revive_prediction(trace.prediction, task.program)
+    with dspy.context(adapter=task.adapter, trace=None):
+        score = score_prediction(task.metric, identity, example, prediction)
+    return dataclasses.replace(trace, score=score)
+
+
+def _unique(pairs: Any) -> dict[str, str]:
+    names: dict[str, list[str]] = {}
+    for stage, name in pairs:
+        names.setdefault(stage, []).append(name)
+    return {stage: found[0] for stage, found in names.items() if len(found) == 1}
+
+
+def _checked(prediction: Any) -> dspy.Prediction:
+    if not isinstance(prediction, dspy.Prediction):
+        raise TypeError(
+            f"the program returned a {type(prediction).__name__}; expected a dspy.Prediction"
+        )
+    return prediction
+
+
+def _usage(entry: dict[str, Any]) -> Usage:
+    usage = entry.get("usage") or {}
+    return Usage(
+        calls=1,
+        prompt_tokens=usage.get("prompt_tokens"),
+        completion_tokens=usage.get("completion_tokens"),
+        cost_usd=entry.get("cost"),
+    )
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, AdapterParseError):
+        kind = FailureKind.PARSE
+    elif _is_lm_error(error):
+        kind = FailureKind.TEACHER
+    else:
+        kind = FailureKind.PROGRAM
+    return Failure(kind, type(error).__name__, _describe(error))
+
+
+def _is_lm_error(error: BaseException) -> bool:
+    # DSPy 3.4 wraps them in LMError; DSPy 3.1 lets litellm's own errors through.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"LMError", "OpenAIError"})
+
+
+def _describe(error: BaseException) -> str:
+    return f"{error}"[:MAX_MESSAGE_CHARS] or type(error).__name__

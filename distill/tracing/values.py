@@ -1,0 +1,52 @@
+"""Field values as JSON and back.
+
+A trace keeps JSON values, as DSPy's adapters would write them; rows and metrics want the
+values' own types again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dspy
+import pydantic
+from dspy.adapters.utils import serialize_for_json
+
+_UNFIT = (pydantic.ValidationError, pydantic.errors.PydanticUserError, TypeError)
+
+
+def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Field values as JSON values."""
+    return {name: serialize_for_json(value) for name, value in values.items()}
+
+
+def revive(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values as their fields' types; one that does not fit its type stays as it is."""
+    return {
+        name: _validated(value, fields[name].annotation) if name in fields else value
+        for name, value in values.items()
+    }
+
+
+def revive_prediction(values: Mapping[str, Any], program: dspy.Module) -> dspy.Prediction:
+    """A program's prediction, typed by its predictors' output fields of the same names."""
+    fields: dict[str, Any] = {}
+    for predictor in program.predictors():
+        fields.update(predictor.signature.output_fields)
+    return dspy.Prediction(**revive(values, fields))
+
+
+def allows_none(annotation: Any) -> bool:
+    """Whether None is a value of the type."""
+    try:
+        pydantic.TypeAdapter(annotation).validate_python(None)
+    except _UNFIT:
+        return False
+    return True
+
+
+def _validated(value: Any, annotation: Any) -> Any:
+    try:
+        return pydantic.TypeAdapter(annotation).validate_python(value)
+    except _UNFIT:
+        # Adapters write plain JSON values as well; the type was a hint to them.
+        return value

@@ -1,0 +1,172 @@
+"""Which rows each rank trains on in each step, and the arrays it gets.
+
+Pure: numbers in, numbers out. A plan depends on nothing but its arguments, so every rank
+makes the same one, and so does a run that goes on after a crash. What the arrays mean to
+a model is for ``loop``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+POOL_STEPS = 64
+"""Rows are sorted by length among this many steps' worth: little padding, still random."""
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Tokenised rows, end to end, as arrays that workers of one machine can share.
+
+    Attributes:
+        input_ids: int32[N], the tokens of all rows.
+        completion: bool[N], whether a token belongs to its row's completion.
+        offsets: int64[R + 1]; row ``i`` is ``offsets[i]:offsets[i + 1]``.
+    """
+
+    input_ids: NDArray[np.int32]
+    completion: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64[R], tokens of each row."""
+        return np.diff(self.offsets)
+
+    def token_weights(self, row: int, prompt_weight: float) -> NDArray[np.float32]:
+        """float32[T], what each token of a row counts in the loss.
+
+        The first token counts nothing: there is nothing to predict it from.
+        """
+        completion = self.completion[self.offsets[row] : self.offsets[row + 1]]
+        weights = np.where(completion, 1.0, prompt_weight).astype(np.float32)
+        weights[:1] = 0.0
+        return weights
+
+    def loss_weights(self, prompt_weight: float) -> NDArray[np.float64]:
+        """float64[R], what each row counts in the loss."""
+        weights = np.where(self.completion, 1.0, prompt_weight)
+        weights[self.offsets[:-1]] = 0.0
+        return np.add.reduceat(weights, self.offsets[:-1]) if len(self) else np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        micro_batches: Row indices, by rank and then by micro step. Every rank has as many;
+            where rows are fewer than micro batches, some are empty.
+        loss_weight: Sum of all its rows' loss weights, over all ranks.
+    """
+
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    loss_weight: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch, padded on the right.
+
+    Attributes:
+        input_ids: int64[B, T]
+        attention_mask: int64[B, T], 0 on padding.
+        weights: float32[B, T], what each token counts in the loss; 0 on padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    @property
+    def num_logits(self) -> int:
+        """How many last positions hold all that is needed to score what counts."""
+        counted = np.flatnonzero(self.weights.any(axis=0))
+        first = int(counted[0]) if len(counted) else 1
+        return self.weights.shape[1] - first + 1
+
+
+def plan_epoch(
+    lengths: Sequence[int] | NDArray[np.int64],
+    loss_weights: Sequence[float] | NDArray[np.float64],
+    *,
+    world_size: int,
+    micro_batch_size: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+) -> list[Step]:
+    """Divide all rows into steps, micro batches and ranks, every row once.
+
+    Steps differ by at most one row in size, so that no last step of a few rows moves the
+    weights as much as a full one; rows of like length go together, and at each micro step
+    all ranks have about as much to do.
+
+    Args:
+        lengths: Tokens of each row, [R].
+        loss_weights: What each row counts in the loss, [R].
+        world_size: Number of ranks.
+        micro_batch_size: Most rows that a rank takes at once.
+        accumulation: Micro batches of a rank in each step.
+        seed: With ``epoch``, decides the order.
+        epoch: Each epoch has its own order.
+    """
+    lengths, loss_weights = np.asarray(lengths), np.asarray(loss_weights)
+    if len(lengths) == 0:
+        return []
+    num_micro_batches = world_size * accumulation
+    num_steps = count_steps(len(lengths), world_size, micro_batch_size, accumulation)
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths))
+    pools = np.array_split(order, -(-num_steps // POOL_STEPS))
+    order = np.concatenate([_by_length(pool, lengths) for pool in pools])
+    steps = np.array_split(order, num_steps)
+    return [
+        Step(
+            micro_batches=_deal(_by_length(steps[i], lengths), world_size, num_micro_batches),
+            loss_weight=float(loss_weights[steps[i]].sum()),
+        )
+        for i in random.permutation(num_steps)
+    ]
+
+
+def count_steps(num_rows: int, world_size: int, micro_batch_size: int, accumulation: int) -> int:
+    """Number of steps in an epoch."""
+    return -(-num_rows // (world_size * micro_batch_size * accumulation))
+
+
+def collate(rows: EncodedRows, indices: Sequence[int], prompt_weight: float, pad_id: int) -> Batch:
+    """The arrays of one micro batch.
+
+    An empty one becomes a row that counts nothing: a rank without rows still has to take
+    part in every collective operation.
+    """
+    length = max((int(rows.lengths[i]) for i in indices), default=2)
+    shape = (max(len(indices), 1), max(length, 2))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    weights = np.zeros(shape, dtype=np.float32)
+    for place, row in enumerate(indices):
+        tokens = rows.input_ids[rows.offsets[row] : rows.offsets[row + 1]]
+        input_ids[place, : len(tokens)] = tokens
+        attention_mask[place, : len(tokens)] = 1
+        weights[place, : len(tokens)] = rows.token_weights(row, prompt_weight)
+    if not len(indices):
+        attention_mask[:] = 1
+    return Batch(input_ids, attention_mask, weights)
+
+
+def _by_length(rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return rows[np.argsort(lengths[rows], kind="stable")]
+
+
+def _deal(
+    rows: NDArray[np.int64], world_size: int, num_micro_batches: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    parts = [tuple(int(row) for row in part) for part in np.array_split(rows, num_micro_batches)]
+    return tuple(tuple(parts[rank::world_size]) for rank in range(world_size))

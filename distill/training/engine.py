@@ -1,0 +1,112 @@
+"""A DeepSpeed engine around the base model, and the loss it minimises.
+
+Runs in a Ray Train worker. DeepSpeed is imported inside: it looks at its environment, which
+Ray prepares, and may not be there on the driver.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from distill.config import TrainConfig
+from distill.training.base_model import load_model
+from distill.training.batches import Batch
+from distill.training.deepspeed_config import make_deepspeed_config
+from distill.training.schedule import learning_rate_factor
+
+
+def start_engine(
+    train: TrainConfig, base: str, tokenizer: Any, *, num_steps: int, use_gpu: bool
+) -> Any:
+    """Load the base model and hand it to DeepSpeed.
+
+    Args:
+        train: The run's training section.
+        base: Hugging Face directory or id.
+        tokenizer: The base model's.
+        num_steps: Optimizer steps of the whole run, for the learning rate.
+        use_gpu: Whether each worker has a GPU.
+
+    Returns:
+        A ``DeepSpeedEngine``.
+    """
+    import deepspeed
+
+    # Its shared-memory operations would be compiled here and now; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    torch.manual_seed(train.seed)
+    config = make_deepspeed_config(
+        train,
+        num_workers=dist.get_world_size(),
+        use_gpu=use_gpu,
+        bf16_supported=_all_support_bf16(use_gpu),
+    )
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    model = load_model(base, tokenizer, dtype)
+    factor = partial(
+        learning_rate_factor,
+        num_steps=num_steps,
+        warmup_ratio=train.warmup_ratio,
+        kind=train.lr_scheduler_type,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, train.weight_decay),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        config=config,
+    )
+    return engine
+
+
+def weighted_loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
+    """Sum over tokens of weight times cross entropy, a scalar of float32.
+
+    Only the positions whose prediction counts are projected on the vocabulary: with long
+    prompts that count nothing, that is where most of the work would be.
+    """
+    device = engine.device
+    input_ids = torch.from_numpy(batch.input_ids).to(device)
+    logits = engine(
+        input_ids=input_ids,
+        attention_mask=torch.from_numpy(batch.attention_mask).to(device),
+        logits_to_keep=batch.num_logits,
+        use_cache=False,
+    ).logits[:, :-1]
+    num_targets = logits.shape[1]
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), input_ids[:, -num_targets:].flatten(), reduction="none"
+    )
+    weights = torch.from_numpy(batch.weights[:, -num_targets:]).to(device)
+    return (losses * weights.flatten()).sum()
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _all_support_bf16(use_gpu: bool) -> bool:
+    """Whether every rank computes in bfloat16: they have to agree on a data type."""
+    device = "cuda" if use_gpu else "cpu"
+    supported = torch.tensor(float(_supports_bf16(use_gpu)), device=device)
+    dist.all_reduce(supported, op=dist.ReduceOp.MIN)
+    return bool(supported.item())
+
+
+def _supports_bf16(use_gpu: bool) -> bool:
+    if use_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text("utf-8").split()) if cpuinfo.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

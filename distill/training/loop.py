@@ -1,0 +1,209 @@
+"""The training loop that each Ray Train worker runs.
+
+Data, engine, steps, validation, checkpoint, report: the whole of it reads from
+``train_loop_per_worker`` down. What is trained on is decided in ``batches``, how in
+``engine``, what is left behind in ``checkpoints``; ``job`` starts it.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from distill.config import TrainConfig
+from distill.training.base_model import load_tokenizer, local_base
+from distill.training.batches import EncodedRows, Step, collate, count_steps, plan_epoch
+from distill.training.checkpoints import report_epoch, resume
+from distill.training.engine import start_engine, weighted_loss_sum
+from serve.errors import TrainingError
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> str | None:
+    """Train the student, an epoch at a time, from the latest checkpoint on.
+
+    Args:
+        config: ``train`` (TrainConfig as a dict), ``base`` (Hugging Face directory or id),
+            ``prompt_weight``, ``use_gpu``, ``num_threads``, ``rows`` and ``val_rows`` (object
+            references of EncodedRows) and ``mailbox`` (actor that takes progress events).
+
+    Returns:
+        Why training cannot go on, where trying again would end the same way; else None.
+    """
+    torch.set_num_threads(config["num_threads"])
+    try:
+        Training(config).run()
+    except TrainingError as error:
+        # Returned, since Ray Train would run a loop that raises again, to the same end.
+        return str(error)
+    return None
+
+
+class Training:
+    """One worker's part of a training run."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.train = TrainConfig.model_validate(config["train"])
+        self.rows, self.val_rows = ray.get([config["rows"], config["val_rows"]])
+        self.prompt_weight: float = config["prompt_weight"]
+        self.rank = ray.train.get_context().get_world_rank()
+        self.world_size = ray.train.get_context().get_world_size()
+        self.steps_per_epoch = count_steps(
+            len(self.rows),
+            self.world_size,
+            self.train.per_device_train_batch_size,
+            self.train.gradient_accumulation_steps,
+        )
+        self.progress = Progress(config["mailbox"] if self.rank == 0 else None)
+        with local_base(config["base"]) as base:
+            self.tokenizer = load_tokenizer(base)
+            self.engine = start_engine(
+                self.train,
+                base,
+                self.tokenizer,
+                num_steps=self.steps_per_epoch * self.train.num_train_epochs,
+                use_gpu=config["use_gpu"],
+            )
+
+    def run(self) -> None:
+        """Train the epochs that are left."""
+        metrics = resume(self.engine)
+        history = metrics["history"] if metrics else []
+        for epoch in range(len(history) + 1, self.train.num_train_epochs + 1):
+            started = time.monotonic()
+            train_loss = self._train_epoch(epoch)
+            trained_s = time.monotonic() - started
+            val_loss = self._validate() if len(self.val_rows) else None
+            summary = {
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "seconds": time.monotonic() - started,
+                "tokens_per_s": int(self.rows.offsets[-1]) / trained_s,
+            }
+            history = [*history, summary]
+            metrics = {**summary, "history": history, "num_parameters": self._num_parameters()}
+            report_epoch(self.engine, self.tokenizer, metrics)
+            self.progress.send({"event": "train_epoch", **summary}, wait=True)
+
+    def _num_parameters(self) -> int:
+        # Under ZeRO-3 a parameter holds only its part; ds_numel is the whole.
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+
+    def _train_epoch(self, epoch: int) -> float:
+        """One pass over all rows; returns the mean loss of a step."""
+        self.engine.train()
+        plan = self._plan(self.rows, self.prompt_weight, epoch)
+        losses: list[float] = []
+        window: list[torch.Tensor] = []
+        since, tokens = time.monotonic(), 0
+        for number, step in enumerate(plan, start=(epoch - 1) * len(plan) + 1):
+            window.append(self._step(step))
+            tokens += self._count_tokens(step)
+            if len(window) < self.train.logging_steps and number < epoch * len(plan):
+                continue
+            losses += self._agree(window, number)
+            self.progress.send(
+                {
+                    "event": "train_step",
+                    "step": number,
+                    "num_steps": self.train.num_train_epochs * len(plan),
+                    "epoch": epoch,
+                    "loss": sum(losses[-len(window) :]) / len(window),
+                    "tokens_per_s": tokens / (time.monotonic() - since),
+                }
+            )
+            window, since, tokens = [], time.monotonic(), 0
+        return sum(losses) / len(losses)
+
+    def _step(self, step: Step) -> torch.Tensor:
+        """Train on one step; returns this rank's part of its loss."""
+        # DeepSpeed averages over ranks and micro batches, where the loss of a step is one
+        # mean over the tokens of all of them.
+        scale = self.world_size * self.train.gradient_accumulation_steps / step.loss_weight
+        total = torch.zeros((), device=self.engine.device)
+        for indices in step.micro_batches[self.rank]:
+            loss = self._loss(self.rows, indices, self.prompt_weight)
+            self.engine.backward(loss * scale)
+            self.engine.step()
+            total += loss.detach()
+        return total / step.loss_weight
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss of a completion token over the validation rows, shared by all ranks."""
+        self.engine.eval()
+        plan = self._plan(self.val_rows, prompt_weight=0.0, epoch=0, accumulation=1)
+        total = torch.zeros((), device=self.engine.device)
+        for step in plan:
+            total += self._loss(self.val_rows, step.micro_batches[self.rank][0], 0.0)
+        dist.all_reduce(total)
+        loss = total.item() / sum(step.loss_weight for step in plan)
+        return _finite(loss, "the validation loss")
+
+    def _loss(
+        self, rows: EncodedRows, indices: Sequence[int], prompt_weight: float
+    ) -> torch.Tensor:
+        batch = collate(rows, indices, prompt_weight, self.tokenizer.pad_token_id)
+        return weighted_loss_sum(self.engine, batch)
+
+    def _plan(
+        self, rows: EncodedRows, prompt_weight: float, epoch: int, accumulation: int | None = None
+    ) -> list[Step]:
+        return plan_epoch(
+            rows.lengths,
+            rows.loss_weights(prompt_weight),
+            world_size=self.world_size,
+            micro_batch_size=self.train.per_device_train_batch_size,
+            accumulation=accumulation or self.train.gradient_accumulation_steps,
+            seed=self.train.seed,
+            epoch=epoch,
+        )
+
+    def _agree(self, window: Sequence[torch.Tensor], last: int) -> list[float]:
+        """The losses of the steps up to ``last``, summed over ranks."""
+        losses = torch.stack(list(window))
+        dist.all_reduce(losses)
+        first = last - len(window) + 1
+        agreed = [
+            _finite(loss, f"the loss of step {first + i}") for i, loss in enumerate(losses.tolist())
+        ]
+        if self.engine.skipped_steps and not self.engine.fp16_enabled():
+            # DeepSpeed passes over such steps in silence; only fp16 is meant to have some.
+            raise TrainingError(_diverged(f"a gradient of steps {first} to {last}", "infinite"))
+        return agreed
+
+    def _count_tokens(self, step: Step) -> int:
+        lengths = self.rows.lengths
+        return sum(int(lengths[i]) for rank in step.micro_batches for micro in rank for i in micro)
+
+
+class Progress:
+    """Sends events to the driver, from rank 0 only."""
+
+    def __init__(self, mailbox: Any | None) -> None:
+        self._mailbox = mailbox
+
+    def send(self, event: dict[str, Any], wait: bool = False) -> None:
+        """Send an event; with ``wait``, until it and all before it have arrived."""
+        if self._mailbox is None:
+            return
+        sent = self._mailbox.put.remote(event)
+        if wait:
+            ray.get(sent)
+
+
+def _finite(loss: float, name: str) -> float:
+    if loss != loss or abs(loss) == float("inf"):
+        raise TrainingError(_diverged(name, str(loss)))
+    return loss
+
+
+def _diverged(name: str, found: str) -> str:
+    return (
+        f"Training diverged: {name} is {found}, expected a finite number. Lower "
+        "train.learning_rate or train.max_grad_norm, or raise train.warmup_ratio."
+    )

@@ -1,0 +1,41 @@
+"""The errors that raydistill raises on purpose.
+
+Each is a ``DistillError`` and also the standard type a caller would expect, and each
+survives pickling, since Ray carries errors between processes. A message gives what was
+found, what was expected and the remedy. Which exit code an error ends in is decided by
+the command line, from ``exit_code``.
+"""
+
+
+class DistillError(Exception):
+    """Base of every error that raydistill raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigurationError(DistillError, ValueError):
+    """A configuration, a data file or another input that cannot work as given."""
+
+    exit_code = 2
+
+
+class TracingError(DistillError, RuntimeError):
+    """Tracing ended without what the next stage needs."""
+
+
+class TraceStoreError(DistillError, RuntimeError):
+    """The trace store on disk does not hold what it should."""
+
+
+class BudgetExceeded(DistillError, RuntimeError):
+    """The run stopped at its budget; running it again goes on from there."""
+
+    exit_code = 3
+
+
+class TrainingError(DistillError, RuntimeError):
+    """Training could not start, or did not end with a student."""
+
+
+class StudentError(DistillError, RuntimeError):
+    """A student directory that cannot be loaded or served."""

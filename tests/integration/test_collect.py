@@ -1,0 +1,186 @@
+"""Collecting on real Ray actors: durable, resumable, and stopped where it should."""
+
+import os
+import signal
+import threading
+
+import dspy
+import pytest
+import ray
+
+from distill.evaluation.evaluate import teacher_lm
+from distill.programs import Task
+from distill.tracing.collect import Collection, collect
+from distill.tracing.limits import Limits
+from distill.tracing.store import TraceStore
+from examples.chat_prompts import read_prompt
+from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
+from serve.errors import BudgetExceeded, TracingError
+from tests import programs
+from tests.runs import MoodTeacher
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    os.environ["OPENAI_API_KEY"] = "not-a-key"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def job(server, folder, texts, program=None, limits=Limits(), **changes):  # noqa: B008
+    settings = {"model": "openai/stand-in", "api_base": server.api_base, "num_retries": 0}
+    given = {
+        "task": Task(program or programs.build(), dspy.ChatAdapter(), None),
+        "lm": teacher_lm(settings | changes.pop("lm", {})),
+        "examples": [dspy.Example(text=text).with_inputs("text") for text in texts],
+        "store": TraceStore(str(folder)),
+        "actors": 2,
+        "concurrency": 4,
+        "limits": limits,
+    }
+    return Collection(**{**given, **changes})
+
+
+def ignore(*_):
+    pass
+
+
+TEXTS = [f"sunny day {number}" for number in range(40)]
+
+
+def test_every_example_is_traced_once_and_a_second_run_makes_no_call(tmp_path):
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        seen = []
+        collect(job(server, tmp_path, [*TEXTS, *TEXTS]), lambda *args: seen.append(args))
+        assert sorted(teacher.asked) == sorted(TEXTS)
+        assert seen[-1][0].finished == len(TEXTS) == seen[-1][2]
+        again = job(server, tmp_path, TEXTS)
+        collect(again, ignore)
+        assert teacher.calls == len(TEXTS)
+        found = again.store.latest(again.keys())
+        assert {trace.prediction["mood"] for trace in found.values()} == {"good"}
+
+
+def test_a_changed_program_or_teacher_is_traced_anew(tmp_path):
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        collect(job(server, tmp_path, TEXTS[:4]), ignore)
+        collect(job(server, tmp_path, TEXTS[:4], lm={"temperature": 0.5}), ignore)
+        collect(job(server, tmp_path, TEXTS[:4], programs.TwoSteps()), ignore)
+        assert teacher.calls == 4 + 4 + 8
+
+
+def test_a_failing_example_is_recorded_and_skipped(tmp_path):
+    texts = [*TEXTS[:19], "boom"]
+    with serve_in_background(MoodTeacher()) as server:
+        raising = job(server, tmp_path, texts, programs.Raising(), Limits(0.2))
+        collect(raising, ignore)
+        failures = [t.failure for t in raising.store.scan() if t.failure]
+    assert [failure.type for failure in failures] == ["ValueError"]
+
+
+def test_too_many_failures_stop_the_run_with_the_reason(tmp_path):
+    texts = [f"boom {number}" for number in range(200)]
+    with serve_in_background(MoodTeacher()) as server:
+        raising = job(server, tmp_path, texts, programs.Raising(), Limits(0.2))
+        with pytest.raises(TracingError, match="cannot handle boom") as caught:
+            collect(raising, ignore)
+    assert "trace.max_failure_rate=0.2" in str(caught.value)
+    assert len(list(raising.store.scan())) < len(texts)
+
+
+def test_a_wrong_key_stops_the_run_at_once(tmp_path):
+    def refuse(messages):
+        raise TeacherRefuses(401, "Incorrect API key provided")
+
+    teacher = StandInTeacher(refuse)
+    with serve_in_background(teacher) as server, pytest.raises(TracingError, match="API key"):
+        collect(job(server, tmp_path, [f"{n}" for n in range(500)]), ignore)
+    assert teacher.calls <= 2 * 8
+
+
+def test_what_failed_at_the_teacher_is_asked_again_and_a_programs_error_is_not(tmp_path):
+    down = threading.Event()
+    down.set()
+    mood = MoodTeacher()
+
+    def answer(messages):
+        if down.is_set():
+            raise TeacherRefuses(500, "out of order")
+        return mood._reply(messages)
+
+    with serve_in_background(StandInTeacher(answer)) as server:
+        texts = [*TEXTS[:8], "boom"]
+        flaky = job(server, tmp_path, texts, programs.Raising())
+        collect(flaky, ignore)
+        down.clear()
+        collect(flaky, ignore)
+        assert sorted(mood.asked) == sorted(TEXTS[:8])
+        found = flaky.store.latest(flaky.keys())
+        assert sum(trace.failure is not None for trace in found.values()) == 1
+
+
+def test_the_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path):
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        priced = {"lm": {"model": "openai/gpt-4o-mini"}}
+        probe = job(server, tmp_path / "probe", TEXTS[:1], **priced)
+        collect(probe, ignore)
+        (trace,) = probe.store.scan()
+        assert trace.usage.cost_usd > 0
+        budget = Limits(budget_usd=20 * trace.usage.cost_usd)
+        with pytest.raises(BudgetExceeded, match="budget_usd"):
+            collect(job(server, tmp_path, TEXTS, limits=budget, **priced), ignore)
+        assert len(teacher.asked) - 1 <= 20
+        collect(job(server, tmp_path, TEXTS, **priced), ignore)
+        assert sorted(teacher.asked[1:]) == sorted(TEXTS)
+
+
+def test_a_budget_for_a_teacher_without_prices_is_refused(tmp_path):
+    with serve_in_background(MoodTeacher()) as server, pytest.raises(TracingError, match="price"):
+        collect(job(server, tmp_path, TEXTS, limits=Limits(budget_usd=1.0)), ignore)
+
+
+class Suicidal(dspy.Module):
+    """Kills its own actor, once, in the middle of a run."""
+
+    def __init__(self, marker):
+        super().__init__()
+        self.judge = dspy.Predict(programs.Sentiment)
+        self.marker = marker
+
+    def forward(self, text):
+        if text == TEXTS[20] and not os.path.exists(self.marker):
+            open(self.marker, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.judge(text=text)
+
+
+def test_an_actor_that_dies_costs_only_what_it_had_in_flight(tmp_path):
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        deadly = job(server, tmp_path / "s", TEXTS, Suicidal(str(tmp_path / "died")))
+        collect(deadly, ignore)
+        assert len(deadly.store.latest(deadly.keys())) == len(TEXTS)
+        assert len(teacher.asked) <= len(TEXTS) + deadly.concurrency
+
+
+def test_a_store_that_cannot_be_written_is_a_clear_error(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with serve_in_background(MoodTeacher()) as server, pytest.raises(TracingError, match="actor"):
+        collect(job(server, blocked / "store", TEXTS[:2]), ignore)
+
+
+def test_a_teacher_answers_in_its_own_words_only_once_parsed(tmp_path):
+    def answer(messages):
+        return "no format" if "7" in read_prompt(messages).inputs["text"] else "still none"
+
+    with serve_in_background(StandInTeacher(answer)) as server:
+        garbled = job(server, tmp_path, TEXTS[:10])
+        collect(garbled, ignore)
+        assert {t.failure.kind for t in garbled.store.scan()} == {"parse"}

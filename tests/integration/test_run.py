@@ -1,0 +1,159 @@
+"""The whole line through the command line: what a run leaves, and that kills don't hurt it."""
+
+import json
+import signal
+
+import pytest
+import transformers
+
+from examples.standin_teacher import serve_in_background
+from tests.runs import MoodTeacher, RunFolder
+
+pytestmark = pytest.mark.integration
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two predictors, its folder, and the teacher that it called."""
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        path = tmp_path_factory.mktemp("run")
+        changes = {"program": "tests.programs:build_two_steps"}
+        folder = RunFolder(path, server.api_base, changes)
+        process = folder.raydistill("run")
+        assert process.returncode == 0, process.stdout
+        yield folder, teacher, process.stdout
+
+
+def test_a_run_leaves_what_the_design_says(finished):
+    folder, _, _ = finished
+    for name in (
+        "config.json events.jsonl traces rows/train.jsonl rows/val.jsonl checkpoints report.json "
+        "report.html serve.yaml student/config.json student/model.safetensors student/student.json "
+        "student/generation_config.json student/tokenizer.json student/tokenizer_config.json "
+        "student/chat_template.jinja student/program.json"
+    ).split():
+        assert (folder.run_dir / name).exists(), name
+    assert not list((folder.run_dir / "student").rglob("*.pkl"))
+
+
+def test_the_student_is_a_plain_hugging_face_model(finished):
+    student = finished[0].run_dir / "student"
+    model = transformers.AutoModelForCausalLM.from_pretrained(student)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
+    assert model.num_parameters() > 0
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+
+
+def test_every_text_was_asked_once_for_each_predictor(finished):
+    _, teacher, _ = finished
+    assert teacher.calls == 2 * (60 + 12)
+
+
+def test_the_report_holds_what_was_measured(finished):
+    folder, teacher, _ = finished
+    report = read(folder.run_dir / "report.json")
+    assert report["arms"]["teacher"]["score"] == 1.0
+    assert report["arms"]["teacher"]["n"] == report["arms"]["student"]["n"] == 12
+    assert report["arms"]["base"] is None
+    assert report["tracing"]["examples"] == report["tracing"]["kept"] == 60
+    assert report["tracing"]["teacher_calls"] == 120
+    assert report["tracing"]["cost_usd"] is None
+    assert report["training"]["steps"] > 0
+    assert report["training"]["seconds"] > 0
+    assert report["folding"]["rows_folded"] == 120
+    assert report["leakage"] == {"test_in_train": 0}
+    assert read(folder.run_dir / "student" / "student.json")["metrics"]["teacher_score"] == 1.0
+
+
+def test_the_terminal_shows_stages_and_no_chatter(finished):
+    _, _, output = finished
+    for word in ("check", "trace", "rows", "train", "evaluate student", "report.html"):
+        assert word in output
+    assert "Warning" not in output
+    assert "pid=" not in output
+
+
+def test_running_it_again_repeats_nothing(finished):
+    folder, teacher, _ = finished
+    before = teacher.calls
+    manifest = read(folder.run_dir / "student" / "student.json")
+    again = folder.raydistill("run")
+    assert again.returncode == 0, again.stdout
+    assert teacher.calls == before
+    assert "the student is up to date" in again.stdout
+    assert read(folder.run_dir / "student" / "student.json") == manifest
+
+
+def test_the_report_command_rebuilds_the_page(finished):
+    folder, _, _ = finished
+    page = folder.run_dir / "report.html"
+    page.unlink()
+    with folder.started("report", str(folder.run_dir)) as process:
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+    assert page.exists()
+    assert "student" in output
+
+
+def test_the_endpoint_answers_and_stops_on_a_signal(finished):
+    import socket
+    import urllib.request
+
+    folder, _, _ = finished
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with folder.started("serve", str(folder.run_dir), "--port", str(port)) as process:
+        for line in process.stdout:
+            if "Serving at" in line:
+                break
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/predict",
+            data=json.dumps({"text": "day 7 was sunny"}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                assert set(json.load(response)) == {"mood", "reply"}
+        except urllib.error.HTTPError as error:
+            # A student this small may answer what cannot be parsed, and must say so.
+            assert error.code == 502, error.read()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+
+
+def in_stage(name, event="progress"):
+    return lambda seen: seen["event"] == event and seen.get("stage") == name
+
+
+def test_a_run_killed_at_any_stage_goes_on_and_finishes(tmp_path):
+    teacher = MoodTeacher(latency_s=0.1)
+    with serve_in_background(teacher) as server:
+        changes = {"train": {"num_train_epochs": 6, "learning_rate": 1e-2, "logging_steps": 1}}
+        folder = RunFolder(tmp_path, server.api_base, changes)
+        moments = [
+            lambda seen: in_stage("trace")(seen) and seen["done"] >= 20,
+            in_stage("rows", "stage_end"),
+            lambda seen: seen["event"] == "train_epoch" and seen["epoch"] >= 3,
+            in_stage("train", "stage_end"),
+            in_stage("evaluate teacher", "stage_end"),
+        ]
+        config = str(tmp_path / "config.yaml")
+        for moment in moments:
+            with folder.started("run", config) as process:
+                folder.wait_for(moment, process)
+                process.send_signal(signal.SIGKILL)
+        process = folder.raydistill("run")
+        assert process.returncode == 0, process.stdout
+        in_flight = 2 * 4
+        assert teacher.calls <= 60 + 12 + in_flight * len(moments)
+        report = read(folder.run_dir / "report.json")
+        assert [epoch["epoch"] for epoch in report["training"]["history"]] == [1, 2, 3, 4, 5, 6]
+        epochs = [e["epoch"] for e in folder.events() if e["event"] == "train_epoch"]
+        assert epochs.count(1) == 1, epochs

@@ -1,0 +1,118 @@
+"""Programs: imported, described and fingerprinted; what cannot work is named."""
+
+import copy
+
+import dspy
+import pytest
+
+from distill.programs import (
+    Task,
+    check_inputs,
+    describe_signature,
+    load_task,
+    metric_fingerprint,
+    program_fingerprint,
+    runs_async,
+)
+from serve.errors import ConfigurationError
+from tests import programs
+
+
+def task(program, metric=None):
+    return Task(program, dspy.ChatAdapter(), metric)
+
+
+def test_a_program_and_its_metric_are_imported_by_path():
+    loaded = load_task("tests.programs:build_two_steps", "tests.programs:right_mood")
+    assert [name for name, _ in loaded.program.named_predictors()] == ["answer", "judge"]
+    assert loaded.metric is programs.right_mood
+
+
+@pytest.mark.parametrize(
+    ("program", "metric", "said"),
+    [
+        ("no.such.module:build", None, "cannot import no.such.module"),
+        ("tests.programs:nope", None, "has no 'nope'"),
+        ("tests.programs:not_a_program", None, "gave a str"),
+        ("tests.programs:build_broken", None, "no such client"),
+        ("tests.programs:build", "tests.programs:not_callable", "expected a function"),
+        ("tests.programs:build", "tests.programs:nope", "has no 'nope'"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused_with_the_reason(program, metric, said):
+    with pytest.raises(ConfigurationError) as caught:
+        load_task(program, metric)
+    assert said in str(caught.value)
+
+
+def test_what_cannot_be_sent_to_workers_is_named():
+    with pytest.raises(ConfigurationError, match=r"program\.lock \(lock\)"):
+        task(programs.Unpicklable()).dumps()
+
+
+def test_inputs_must_fit_the_program():
+    check_inputs(programs.TwoSteps(), ["text"])
+    with pytest.raises(ConfigurationError, match="does not fit"):
+        check_inputs(programs.TwoSteps(), ["txt"])
+    with pytest.raises(ConfigurationError, match="does not fit"):
+        check_inputs(programs.Async(), ["text", "more"])
+    with pytest.raises(ConfigurationError, match="does not fit"):
+        check_inputs(dspy.Predict(programs.Reply), ["text"])
+
+
+def test_only_a_programs_own_aforward_makes_it_async():
+    assert runs_async(programs.Async())
+    assert not runs_async(programs.TwoSteps())
+    assert not runs_async(dspy.ChainOfThought("a -> b"))
+
+
+def test_a_description_holds_the_types():
+    described = describe_signature(programs.Sentiment)
+    assert described["instructions"] == "Judge the mood of a text."
+    assert described["outputs"]["mood"]["type"]["enum"] == ["good", "bad"]
+
+
+def test_a_fingerprint_is_the_same_for_the_same_program():
+    assert program_fingerprint(task(programs.TwoSteps())) == program_fingerprint(
+        task(programs.TwoSteps())
+    )
+
+
+def test_a_fingerprint_changes_with_instructions_demos_types_and_code():
+    base = programs.TwoSteps()
+    told = copy.deepcopy(base)
+    told.judge.signature = told.judge.signature.with_instructions("Judge kindly.")
+    shown = copy.deepcopy(base)
+    shown.judge.demos = [dspy.Example(text="a", mood="good")]
+
+    class Other(programs.TwoSteps):
+        def forward(self, text):
+            return super().forward(text=text.lower())
+
+    wider = copy.deepcopy(base)
+    wider.judge.signature = wider.judge.signature.with_updated_fields("mood", type_=str)
+    variants = [base, told, shown, Other(), wider, dspy.Predict(programs.Sentiment)]
+    assert len({program_fingerprint(task(program)) for program in variants}) == len(variants)
+
+
+class Plain:
+    def same_mood(example, prediction, trace=None):
+        return example.mood == prediction.mood
+
+
+class Documented:
+    def same_mood(example, prediction, trace=None):
+        """Documented now."""
+        # and commented
+        return example.mood == prediction.mood
+
+
+class Changed:
+    def same_mood(example, prediction, trace=None):
+        return example.mood != prediction.mood
+
+
+def test_comments_and_docstrings_of_a_metric_change_nothing_and_its_code_does():
+    plain = metric_fingerprint(Plain.same_mood)
+    assert metric_fingerprint(Documented.same_mood) == plain
+    assert metric_fingerprint(Changed.same_mood) != plain

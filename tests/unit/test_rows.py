@@ -1,0 +1,135 @@
+"""Rows: what is kept, how it is rendered, what is left out and counted."""
+
+from typing import Literal
+
+import dspy
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.config import TraceConfig
+from distill.rows import count_rejections, keep, learn_folding, render_rows
+from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage
+from distill.tracing.values import allows_none, jsonable, revive, revive_prediction
+from tests import programs
+
+
+def trace(calls=(), score=None, failure=None, prediction=None):
+    kept = None if score is None else Score("m", score if score != "broken" else None, None)
+    if score == "broken":
+        kept = Score("m", None, "KeyError")
+    return Trace("k", "e", tuple(calls), prediction, Usage(), 0.0, kept, failure)
+
+
+def judged(text="sun", mood="good"):
+    return PredictorCall("judge", {"text": text}, {"mood": mood})
+
+
+PARSE = Failure(FailureKind.PARSE, "AdapterParseError", "?")
+ERROR = Failure(FailureKind.PROGRAM, "ValueError", "?")
+
+
+def test_a_failure_is_never_kept_and_the_metric_filters():
+    traces = [trace(score=1.0), trace(score=0.0), trace(score=-1.0), trace(score="broken")]
+    traces += [trace(failure=PARSE), trace(failure=ERROR)]
+    assert keep(traces, TraceConfig(), has_metric=True) == traces[:1]
+    assert keep(traces, TraceConfig(keep="all"), has_metric=True) == traces[:4]
+    assert keep(traces, TraceConfig(), has_metric=False) == traces[:4]
+    assert count_rejections(traces, traces[:1]) == {"metric": 2, "parse": 1, "error": 2}
+
+
+def test_a_metric_error_is_not_a_rejection_where_all_is_kept():
+    traces = [trace(score="broken")]
+    assert count_rejections(traces, traces)["error"] == 0
+
+
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()])
+def test_a_full_row_is_what_the_adapter_says(adapter):
+    program = programs.TwoSteps()
+    rows, _ = render_rows([trace([judged()])], program, adapter, None)
+    (row,) = rows
+    assert row.predictor == "judge"
+    assert row.messages[:-1] == adapter.format(program.judge.signature, [], {"text": "sun"})
+    assert adapter.parse(program.judge.signature, row.messages[-1]["content"]) == {"mood": "good"}
+    assert not row.folded
+
+
+def test_a_folded_row_unfolds_to_the_full_one():
+    program, adapter = programs.TwoSteps(), dspy.ChatAdapter()
+    traces = [trace([judged(), PredictorCall("answer", {"text": "a", "mood": "b"}, {"reply": ""})])]
+    full, _ = render_rows(traces, program, adapter, None)
+    folding = learn_folding(program, adapter)
+    folded, counts = render_rows(traces, program, adapter, folding)
+    assert counts.folded == 2
+    for before, after in zip(full, folded, strict=True):
+        assert folding.unfold_prompt(after.messages[:-1]) == before.messages[:-1]
+        answer = folding.unfold_completion(after.predictor, after.messages[-1]["content"])
+        assert answer == before.messages[-1]["content"]
+        assert sum(len(m["content"]) for m in after.messages) < 60
+
+
+def test_calls_that_cannot_teach_are_left_out_and_counted():
+    calls = [
+        PredictorCall(None, {"text": "a"}, {"mood": "good"}),
+        PredictorCall("gone", {"text": "a"}, {"mood": "good"}),
+        PredictorCall("judge", {"text": "a"}, {"mood": None}),
+        judged(),
+    ]
+    rows, counts = render_rows([trace(calls)], programs.TwoSteps(), dspy.ChatAdapter(), None)
+    assert len(rows) == 1
+    assert (counts.unknown_predictor, counts.missing_output) == (2, 1)
+
+
+def test_an_adapter_that_raises_costs_the_row_not_the_run():
+    class Fragile(dspy.ChatAdapter):
+        def format_assistant_message_content(self, signature, outputs, **kwargs):
+            raise KeyError("mood")
+
+    rows, counts = render_rows([trace([judged()])], programs.TwoSteps(), Fragile(), None)
+    assert rows == []
+    assert sum(counts.unrenderable.values()) == 1
+
+
+def test_demos_are_part_of_the_prompt_and_fold_away():
+    program = programs.TwoSteps()
+    program.judge.demos = [dspy.Example(text="fog", mood="bad")]
+    full, _ = render_rows([trace([judged()])], program, dspy.ChatAdapter(), None)
+    assert len(full[0].messages) == 5
+    folding = learn_folding(program, dspy.ChatAdapter())
+    folded, _ = render_rows([trace([judged()])], program, dspy.ChatAdapter(), folding)
+    assert len(folded[0].messages) == 2
+
+
+class Item(pydantic.BaseModel):
+    name: str
+    count: int | None
+
+
+class Typed(dspy.Signature):
+    """Typed values."""
+
+    n: int = dspy.InputField()
+    items: list[Item] = dspy.OutputField()
+    kind: Literal["a", "b"] | None = dspy.OutputField()
+
+
+@given(st.integers(), st.lists(st.builds(Item, name=st.text(), count=st.none() | st.integers())))
+def test_values_survive_json_with_their_types(n, items):
+    fields = Typed.output_fields
+    values = {"items": items, "kind": None}
+    assert revive(jsonable(values), fields) == values
+    prediction = revive_prediction(jsonable(values), dspy.Predict(Typed))
+    assert dict(prediction.items()) == values
+    adapter = dspy.ChatAdapter()
+    live = adapter.format_assistant_message_content(Typed, values)
+    assert adapter.format_assistant_message_content(Typed, revive(jsonable(values), fields)) == live
+
+
+def test_a_value_that_does_not_fit_its_type_stays():
+    assert revive({"n": "many"}, Typed.input_fields) == {"n": "many"}
+
+
+@pytest.mark.parametrize(("annotation", "expected"), [(str, False), (str | None, True)])
+def test_allows_none(annotation, expected):
+    assert allows_none(annotation) is expected

@@ -1,0 +1,162 @@
+"""A student directory says what it is, and gives back the program it was made for."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import dspy
+import pytest
+
+from serve.engines.base import ChatResult
+from serve.errors import StudentError
+from serve.folding import Folding
+from serve.student import Manifest, load_adapter, load_program
+from serve.student_lm import StudentLM, student_adapter
+from tests import tiny_student
+
+DEMO = {"text": "a demo", "team": "tech", "urgent": True}
+ANSWER = "[[ ## team ## ]]\ntech\n\n[[ ## urgent ## ]]\nTrue\n\n[[ ## completed ## ]]\n"
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folding = Folding.learn({"triage": (tiny_student.Triage, [])}, dspy.ChatAdapter())
+    tiny_student.manifest(folding, "tests.tiny_student:build").save(tmp_path)
+    program = tiny_student.build()
+    program.triage.demos = [dspy.Example(DEMO)]
+    program.save(str(tmp_path / "program.json"))
+    return tmp_path
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_manifest_is_read_back_as_it_was_written(folder):
+    manifest = Manifest.load(folder)
+    manifest.save(folder)
+    assert Manifest.load(folder) == manifest
+    assert sorted(path.name for path in folder.iterdir()) == ["program.json", "student.json"]
+
+
+def test_the_program_comes_with_its_state_and_without_an_lm(folder):
+    program = load_program(folder)
+    assert [dict(demo) for demo in program.triage.demos] == [DEMO]
+    assert program.triage.lm is None
+
+
+def test_the_adapter_is_found_by_its_class(folder):
+    assert type(load_adapter(Manifest.load(folder))) is dspy.ChatAdapter
+
+
+def test_a_missing_directory_is_a_student_error(tmp_path):
+    with pytest.raises(StudentError, match="no such file"):
+        Manifest.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_damaged_manifest_says_what_is_wrong(folder, changes, message):
+    edit(folder / "student.json", **changes)
+    with pytest.raises(StudentError, match=message):
+        Manifest.load(folder)
+
+
+@pytest.mark.parametrize("text", ["not json", "[]"])
+def test_a_file_that_is_no_manifest_is_a_student_error(folder, text):
+    (folder / "student.json").write_text(text)
+    with pytest.raises(StudentError, match="JSON"):
+        Manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    "path", ["no_such_module:build", "tests.tiny_student:nothing", "tests.tiny_student:ROWS"]
+)
+def test_a_program_that_is_not_there_is_a_student_error(folder, path):
+    edit(folder / "student.json", program=path)
+    with pytest.raises(StudentError, match="program: "):
+        load_program(folder)
+
+
+def test_a_program_that_has_changed_is_a_student_error(folder):
+    (folder / "program.json").write_text('{"another": {}}')
+    with pytest.raises(StudentError, match="has changed"):
+        load_program(folder)
+
+
+def test_reading_a_student_needs_neither_ray_nor_torch_nor_dspy():
+    code = (
+        "import sys, serve.folding, serve.student, serve.errors, serve.engines.base;"
+        "sys.exit(bool({'ray', 'torch', 'dspy', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Script:
+    """Completes every request with the same answer."""
+
+    def __init__(self) -> None:
+        self.requests = []
+
+    async def complete(self, request):
+        self.requests.append(request)
+        return ChatResult(ANSWER, "stop", 7, 4, True)
+
+
+async def test_programs_are_answered_from_threads_and_from_the_loop():
+    script = Script()
+    lm = StudentLM(script.complete, asyncio.get_running_loop())
+
+    def call():
+        with dspy.context(lm=lm, adapter=student_adapter(dspy.ChatAdapter())):
+            return tiny_student.build_async()(text="help")
+
+    sync = await asyncio.to_thread(call)
+    with dspy.context(lm=lm.copy(temperature=0.5), adapter=student_adapter(dspy.ChatAdapter())):
+        both = await tiny_student.build_async().acall(text="help")
+    assert (sync.team, sync.urgent, both.team) == ("tech", True, "tech")
+    assert [request.temperature for request in script.requests] == [0.0, 0.5]
+
+
+async def test_usage_is_recorded_and_options_reach_the_request():
+    script = Script()
+    lm = StudentLM(script.complete, asyncio.get_running_loop(), "tickets")
+    answers = await lm.acall("hi", n=2, max_tokens=5, stop="x", seed=3)
+    assert answers == [ANSWER, ANSWER]
+    assert lm.history[-1]["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 8,
+        "total_tokens": 15,
+    }
+    request = script.requests[0]
+    assert (request.max_tokens, request.stop, request.seed) == (5, ("x",), 3)
+
+
+async def test_an_unparseable_answer_is_not_asked_for_again():
+    asked = []
+
+    async def complete(request):
+        asked.append(request)
+        return ChatResult("gibberish", "stop", 1, 1, True)
+
+    lm = StudentLM(complete, asyncio.get_running_loop())
+    with (
+        dspy.context(lm=lm, adapter=student_adapter(dspy.ChatAdapter())),
+        pytest.raises(dspy.utils.exceptions.AdapterParseError),
+    ):
+        await tiny_student.build_async().acall(text="help")
+    assert len(asked) == 1

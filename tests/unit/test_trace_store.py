@@ -1,0 +1,113 @@
+"""The trace store: what was appended is found again, whatever befell the writer."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.tracing.store import TraceStore
+from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage, passes
+from serve.errors import TraceStoreError
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+fields = st.dictionaries(st.text(), values, max_size=3)
+traces = st.builds(
+    Trace,
+    key=st.text(),
+    example_id=st.text(),
+    calls=st.lists(st.builds(PredictorCall, st.none() | st.text(), fields, fields)).map(tuple),
+    prediction=st.none() | fields,
+    usage=st.builds(Usage, st.integers(), st.none() | st.integers(), st.none() | st.integers()),
+    latency_s=st.floats(0, 10),
+    score=st.none() | st.builds(Score, st.text(), st.none() | st.floats(0, 1), st.none()),
+    failure=st.none()
+    | st.builds(Failure, st.sampled_from(list(FailureKind)), st.text(), st.text()),
+)
+
+
+def trace(key, **changes):
+    given = {"example_id": key, "calls": (), "prediction": {}, "usage": Usage(), "latency_s": 0.0}
+    return Trace(key=key, **{**given, **changes})
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(traces, max_size=3), max_size=3))
+def test_what_is_appended_is_found(batches):
+    with tempfile.TemporaryDirectory() as folder:
+        store = TraceStore(folder)
+        for batch in batches:
+            store.writer().append([trace.to_json() for trace in batch])
+        found = sorted(json.dumps(t.to_json()) for t in store.scan())
+        assert found == sorted(json.dumps(t.to_json()) for batch in batches for t in batch)
+
+
+@pytest.mark.parametrize("uri", ["memory://store-test", "local"])
+def test_any_filesystem_holds_a_store(uri, tmp_path):
+    store = TraceStore(str(tmp_path) if uri == "local" else f"{uri}/{tmp_path.name}")
+    writer = store.writer()
+    writer.append([trace("a").to_json()])
+    writer.append([trace("b").to_json()])
+    assert set(store.latest(["a", "b", "c"])) == {"a", "b"}
+
+
+def test_a_torn_last_record_is_dropped(tmp_path):
+    store = TraceStore(str(tmp_path))
+    store.writer().append([trace("a").to_json(), trace("b").to_json()])
+    (segment,) = tmp_path.glob("*.jsonl")
+    os.truncate(segment, segment.stat().st_size - 5)
+    assert [t.key for t in store.scan()] == ["a"]
+
+
+def test_damage_in_the_middle_is_an_error_that_names_the_line(tmp_path):
+    store = TraceStore(str(tmp_path))
+    store.writer().append([trace("a").to_json(), trace("b").to_json()])
+    (segment,) = tmp_path.glob("*.jsonl")
+    content = segment.read_bytes()
+    segment.write_bytes(b"\x00" + content[1:])
+    with pytest.raises(TraceStoreError, match="line 1"):
+        list(store.scan())
+
+
+def test_of_two_traces_of_one_key_the_finished_one_counts(tmp_path):
+    store = TraceStore(str(tmp_path))
+    failed = trace("a", failure=Failure(FailureKind.TEACHER, "LMTimeoutError", "slow"))
+    writer = store.writer()
+    writer.append([trace("a", latency_s=1.0).to_json()])
+    store.writer().append([failed.to_json()])
+    assert store.latest(["a"])["a"].failure is None
+
+
+def test_after_a_failed_write_the_next_goes_to_another_segment(tmp_path, monkeypatch):
+    store = TraceStore(str(tmp_path))
+    writer = store.writer()
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        writer.append([trace("a").to_json()])
+    monkeypatch.setattr(os, "fsync", real)
+    writer.append([trace("b").to_json()])
+    assert len(list(Path(tmp_path).glob("*.jsonl"))) == 2
+    assert "b" in store.latest(["b"])
+
+
+@pytest.mark.parametrize(
+    ("value", "threshold", "expected"),
+    [
+        (1.0, None, True),
+        (0.0, None, False),
+        (-1.0, None, False),
+        (0.4, 0.5, False),
+        (0.5, 0.5, True),
+        (None, None, False),
+    ],
+)
+def test_a_score_passes_above_zero_or_from_the_threshold_on(value, threshold, expected):
+    assert passes(Score("m", value), threshold) is expected

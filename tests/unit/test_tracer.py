@@ -1,0 +1,136 @@
+"""The tracer: any program's calls are matched by name; whatever raises becomes data."""
+
+import asyncio
+import dataclasses
+
+import dspy
+import pytest
+
+from distill.programs import Task
+from distill.tracing.trace import FailureKind
+from distill.tracing.tracer import Tracer, with_current_score
+from examples.chat_prompts import read_prompt
+from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
+from tests import programs
+
+
+def answer(messages):
+    prompt = read_prompt(messages)
+    text = prompt.inputs["text"]
+    if "garbled" in text:
+        return "I would rather not say."
+    if "refused" in text:
+        raise TeacherRefuses(401, "bad key")
+    mood = "bad" if "rain" in text else "good"
+    known = {"mood": mood, "reply": f"re: {text}"}
+    return prompt.reply({name: known[name] for name in prompt.outputs})
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    with serve_in_background(StandInTeacher(answer)) as server:
+        yield server
+
+
+@pytest.fixture
+def run(teacher, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "not-a-key")
+
+    def run(program, text, metric=None, mood="good"):
+        lm = dspy.LM("openai/stand-in", api_base=teacher.api_base, cache=False, num_retries=0)
+        task = Task(program, dspy.ChatAdapter(), metric)
+        example = dspy.Example(text=text, mood=mood).with_inputs("text")
+
+        async def once():
+            return await Tracer(task, lm, concurrency=2).trace("key", example)
+
+        return asyncio.run(once()), example, task
+
+    return run
+
+
+def names(trace):
+    return [call.predictor for call in trace.calls]
+
+
+def test_calls_are_matched_by_name_not_by_position(run):
+    trace, _, _ = run(programs.TwoSteps(), "the sun")
+    assert names(trace) == ["judge", "answer"]
+    assert trace.calls[1].inputs == {"text": "the sun", "mood": "good"}
+    assert trace.prediction == {"mood": "good", "reply": "re: the sun"}
+    assert trace.usage.calls == 2
+    assert trace.usage.prompt_tokens > 100
+
+
+def test_a_copy_of_a_predictor_keeps_its_name_and_every_round_of_a_loop_is_kept(run):
+    trace, _, _ = run(programs.Loop(), "sun,rain,sun")
+    assert names(trace) == ["judge"] * 3
+    assert trace.prediction["moods"] == ["good", "bad", "good"]
+
+
+def test_an_async_program_is_awaited(run):
+    trace, _, _ = run(programs.Async(), "rain")
+    assert names(trace) == ["judge"]
+    assert trace.prediction == {"mood": "bad"}
+
+
+def test_a_retrieving_program_keeps_what_it_retrieved(run):
+    trace, _, _ = run(programs.Retrieving(), "ab")
+    assert trace.calls[0].inputs["passage"] == "the sun shines"
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "kind", "said"),
+    [
+        (programs.Raising, "boom", FailureKind.PROGRAM, "cannot handle boom"),
+        (programs.build, "garbled", FailureKind.PARSE, "I would rather not say."),
+        (programs.build, "refused", FailureKind.TEACHER, "bad key"),
+    ],
+)
+def test_whatever_raises_becomes_a_failure_of_its_kind(run, program, text, kind, said):
+    trace, _, _ = run(program(), text)
+    assert trace.failure.kind is kind
+    assert said in trace.failure.message
+    assert trace.score is None
+
+
+def test_a_program_that_returns_no_prediction_is_a_failure(run):
+    class Bare(dspy.Module):
+        def forward(self, text):
+            return text
+
+    trace, _, _ = run(Bare(), "x")
+    assert trace.failure.kind is FailureKind.PROGRAM
+    assert "expected a dspy.Prediction" in trace.failure.message
+
+
+def test_the_metric_scores_and_what_it_raises_is_kept(run):
+    assert run(programs.build(), "sun", programs.right_mood)[0].score.value == 1.0
+    assert run(programs.build(), "rain", programs.right_mood)[0].score.value == 0.0
+    broken = run(programs.build(), "sun", programs.broken_metric)[0]
+    assert broken.score.value is None
+    assert "label" in broken.score.error
+    assert broken.failure is None
+
+
+def test_a_changed_metric_scores_the_old_answers_anew_without_a_call(run):
+    trace, example, task = run(programs.build(), "sun", programs.broken_metric)
+    mended = dataclasses.replace(task, metric=programs.right_mood)
+    assert with_current_score(trace, example, mended).score.value == 1.0
+    assert with_current_score(trace, example, task) is trace
+    assert with_current_score(trace, example, dataclasses.replace(task, metric=None)).score is None
+
+
+def test_examples_in_flight_together_do_not_mix(teacher, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "not-a-key")
+    lm = dspy.LM("openai/stand-in", api_base=teacher.api_base, cache=False)
+    tracer = Tracer(Task(programs.TwoSteps(), dspy.ChatAdapter(), None), lm, concurrency=8)
+    examples = [dspy.Example(text=f"sun {n}").with_inputs("text") for n in range(24)]
+
+    async def all_of_them():
+        return await asyncio.gather(*(tracer.trace(e.text, e) for e in examples))
+
+    for trace in asyncio.run(all_of_them()):
+        assert trace.prediction["reply"] == f"re: {trace.key}"
+        assert [call.inputs["text"] for call in trace.calls] == [trace.key] * 2
+        assert trace.usage.calls == 2
