@@ -182,7 +182,7 @@ def _prepared(
     directory = RunDir(f"{config.storage}/{config.name}")
     directory.create()
     terminal.log_to(_log_file(directory, arguments.name))
-    with directory.appending("events.jsonl") as path:
+    with directory.locked(), directory.appending("events.jsonl") as path:
         yield config, ProgressReporter(terminal.console, open_events(path)), directory
 
 

@@ -4,6 +4,7 @@ Owns names and atomic writes. What the files mean is for the stages that write t
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -47,6 +48,26 @@ class RunDir:
             self._fs.rm(f"{self._root}/.writable")
         except OSError as error:
             raise ConfigurationError(f"storage: {self.uri} cannot be written: {error}") from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only run that works in a local directory; a killed run's lock is gone.
+
+        Raises:
+            ConfigurationError: Another run is at work there.
+        """
+        if not self.is_local:
+            yield
+            return
+        with open(f"{self._root}/.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigurationError(
+                    f"{self.uri}: another run is at work here. Wait for it, stop it, or give "
+                    "this run another name."
+                ) from None
+            yield
 
     def join(self, name: str) -> str:
         """The URI of something in the directory."""

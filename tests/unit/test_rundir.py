@@ -36,12 +36,8 @@ def test_a_folder_that_fails_while_it_is_filled_leaves_the_old_one(directory):
     with directory.replacing("student") as folder:
         (folder / "a.txt").write_text("kept")
 
-    def fill():
-        with directory.replacing("student") as folder:
-            (folder / "b.txt").write_text("half")
-            raise RuntimeError
-
-    pytest.raises(RuntimeError, fill)
+    with pytest.raises(FileNotFoundError), directory.replacing("student") as folder:
+        (folder / "b.txt").write_text((folder / "none.txt").read_text())
     with local_folder(directory.join("student")) as folder:
         assert [path.name for path in folder.iterdir()] == ["a.txt"]
 
@@ -60,3 +56,12 @@ def test_storage_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be written"):
         RunDir(str(tmp_path / "file" / "run")).create()
+
+
+def test_two_runs_do_not_work_in_one_local_directory(tmp_path):
+    directory = RunDir(str(tmp_path))
+    refused = pytest.raises(ConfigurationError, match="another run is at work")
+    with directory.locked(), refused, directory.locked():
+        pass
+    with directory.locked():
+        pass
