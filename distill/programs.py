@@ -1,16 +1,12 @@
-"""The user's program and metric: importing, describing, fingerprinting, carrying them.
+"""What is run over examples: a program, an adapter and a metric, described and carried.
 
-A program is named by an import path, ``package.module:factory``; it is looked for in the
-working directory first, as ``python -m`` would.
+Importing and building the program is ``serve.programs``.
 """
 
 import ast
 import dataclasses
 import hashlib
-import importlib
 import inspect
-import os
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +17,7 @@ import pydantic
 
 from distill.datasets import canonical_json
 from serve.errors import ConfigurationError
+from serve.programs import build_program, entry_point, import_object
 
 Metric = Callable[..., Any]
 
@@ -56,7 +53,9 @@ def load_task(program_path: str, metric_path: str | None) -> Task:
     Raises:
         ConfigurationError: Either cannot be imported, or is not what it should be.
     """
-    program = _call_factory(program_path)
+    program = build_program(program_path)
+    if not program.predictors():
+        raise ConfigurationError(f"program: {program_path} has no predictors: nothing to distill.")
     metric = import_object(metric_path, "metric") if metric_path else None
     if metric is not None and not callable(metric):
         raise ConfigurationError(
@@ -67,39 +66,13 @@ def load_task(program_path: str, metric_path: str | None) -> Task:
     return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric)
 
 
-def import_object(path: str, role: str) -> Any:
-    """Import ``package.module:name``.
-
-    Raises:
-        ConfigurationError: The module does not import, or has no such name.
-    """
-    module_name, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        where = _last_line_in_user_code(error)
-        raise ConfigurationError(
-            f"{role}: cannot import {module_name}: {type(error).__name__}: {error}{where}. "
-            "Import paths are looked for from the working directory."
-        ) from error
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ConfigurationError(
-            f"{role}: {module_name} has no {name!r}; its functions are {', '.join(known)}."
-        ) from None
-
-
 def check_inputs(program: dspy.Module, inputs: Sequence[str]) -> None:
     """Check that ``program(**inputs)`` is a call that it accepts.
 
     Raises:
         ConfigurationError: The program lacks one of the inputs or requires another.
     """
-    forward = _entry_point(program)
+    forward = entry_point(program)
     parameters = inspect.signature(forward)
     try:
         parameters.bind(**dict.fromkeys(inputs))
@@ -116,12 +89,6 @@ def check_inputs(program: dspy.Module, inputs: Sequence[str]) -> None:
             f"data.inputs={list(inputs)} does not fit the program's signature, whose inputs are "
             f"{sorted(expected)}."
         )
-
-
-def runs_async(program: dspy.Module) -> bool:
-    """Whether the program itself, not only DSPy beneath it, defines ``aforward``."""
-    # DSPy's own modules have both; a thread costs them less than an event loop does.
-    return _defines(program, "aforward")
 
 
 def describe_signature(signature: type[dspy.Signature]) -> dict[str, Any]:
@@ -170,36 +137,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
 
 
-def _call_factory(path: str) -> dspy.Module:
-    factory = import_object(path, "program")
-    try:
-        program = factory() if callable(factory) else factory
-    except Exception as error:
-        where = _last_line_in_user_code(error)
-        raise ConfigurationError(
-            f"program: {path}() raised {type(error).__name__}: {error}{where}."
-        ) from error
-    if not isinstance(program, dspy.Module):
-        raise ConfigurationError(
-            f"program: {path} gave a {type(program).__name__}; expected a function that "
-            "returns a dspy.Module."
-        )
-    if not program.predictors():
-        raise ConfigurationError(f"program: {path} has no predictors, so nothing to distill.")
-    return program
-
-
-def _entry_point(program: dspy.Module) -> Callable[..., Any]:
-    name = "aforward" if runs_async(program) else "forward"
-    method: Callable[..., Any] = object.__getattribute__(program, name)
-    return method
-
-
-def _defines(program: dspy.Module, method: str) -> bool:
-    owner = next((kind for kind in type(program).__mro__ if method in vars(kind)), None)
-    return owner is not None and not owner.__module__.startswith("dspy.")
-
-
 def _describe_type(annotation: Any) -> Any:
     try:
         return pydantic.TypeAdapter(annotation).json_schema()
@@ -229,12 +166,3 @@ def _unpicklable(value: Any, path: str, depth: int = 4) -> str | None:
             inner = _unpicklable(attribute, f"{path}.{name}", depth - 1) if depth else None
             return inner or f"{path}.{name} ({type(attribute).__name__})"
     return None
-
-
-def _last_line_in_user_code(error: BaseException) -> str:
-    frame = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    if frame is None or frame.tb_frame.f_code.co_filename.startswith("<frozen"):
-        return ""
-    return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})"

@@ -11,6 +11,7 @@ from typing import Any
 
 import dspy
 
+from serve.programs import runs_async
 from serve.schema import Form, input_form, output_form, to_json
 from serve.student import Manifest, load_adapter, load_program
 from serve.student_lm import Complete, StudentLM, student_adapter
@@ -50,7 +51,7 @@ class ProgramRunner:
         lm = StudentLM(self._complete, loop, self._name)
         # A trace and histories of its own: DSPy's process-wide ones would keep every prompt.
         context = dspy.context(lm=lm, adapter=self._adapter, disable_history=True, trace=[])
-        if _is_async(self._program):
+        if runs_async(self._program):
             with context:
                 prediction = await self._program.acall(**inputs)
         else:
@@ -64,9 +65,3 @@ class ProgramRunner:
             prediction = await loop.run_in_executor(self._threads, run, call)
         values = prediction.toDict()
         return {name: to_json(values.get(name)) for name in self._outputs}
-
-
-def _is_async(program: dspy.Module) -> bool:
-    """Whether the user's own class, not DSPy beneath it, defines ``aforward``."""
-    owner = next((kind for kind in type(program).__mro__ if "aforward" in vars(kind)), None)
-    return owner is not None and not owner.__module__.startswith("dspy.")

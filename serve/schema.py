@@ -13,6 +13,8 @@ import dspy
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from serve.programs import entry_point
+
 
 class Form(BaseModel):
     """A program's inputs or outputs. Its fields are known to callers by their alias."""
@@ -31,7 +33,7 @@ def input_form(program: dspy.Module, names: Sequence[str]) -> type[Form]:
 
     Inputs for which forward has a default may be left out.
     """
-    forward = _forward(program)
+    forward = entry_point(program)
     parameters = inspect.signature(forward).parameters
     hints = _hints(forward)
     fields = {}
@@ -67,13 +69,6 @@ def _form(title: str, fields: dict[str, tuple[Any, Any, str | None]]) -> type[Fo
         for index, (name, (annotation, default, description)) in enumerate(fields.items())
     }
     return pydantic.create_model(title, __base__=Form, **definitions)
-
-
-def _forward(program: dspy.Module) -> Callable[..., Any]:
-    kind = type(program)
-    owner = next(kind for kind in kind.__mro__ if {"forward", "aforward"} & vars(kind).keys())
-    method: Callable[..., Any] = vars(owner).get("forward") or vars(owner)["aforward"]
-    return method
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

@@ -4,11 +4,8 @@ Owns ``student.json`` and the loading of ``program.json``. The model's files are
 Hugging Face and belong to the engines.
 """
 
-import importlib
 import json
-import operator
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.errors import StudentError
+from serve.programs import build_program, import_object
 
 if TYPE_CHECKING:
     import dspy
@@ -87,15 +85,9 @@ def load_program(student_dir: str | os.PathLike[str]) -> "dspy.Module":
         StudentError: The program does not import, or its predictors are not those that
             the student was made for.
     """
-    import dspy
 
     manifest = Manifest.load(student_dir)
-    factory = _import(manifest.program, "program")
-    program = factory() if callable(factory) else factory
-    if not isinstance(program, dspy.Module):
-        raise StudentError(
-            f"program: {manifest.program} gave a {type(program).__name__}; expected a dspy.Module."
-        )
+    program = build_program(manifest.program)
     path = Path(student_dir) / PROGRAM
     state = {name: _without_lm(value) for name, value in _read_json(path).items()}
     try:
@@ -120,7 +112,7 @@ def load_adapter(manifest: Manifest) -> "dspy.Adapter":
         StudentError: It does not import, or cannot be made without arguments.
     """
     module_name, _, class_name = manifest.adapter.rpartition(".")
-    kind = _import(f"{module_name}:{class_name}", "adapter")
+    kind = import_object(f"{module_name}:{class_name}", "adapter")
     try:
         return kind()
     except TypeError as error:
@@ -133,21 +125,6 @@ def load_adapter(manifest: Manifest) -> "dspy.Adapter":
 def _without_lm(state: Any) -> Any:
     """A predictor's state without the LM it was compiled with: the student takes its place."""
     return state | {"lm": None} if isinstance(state, dict) and "lm" in state else state
-
-
-def _import(path: str, role: str) -> Any:
-    module_name, _, name = path.partition(":")
-    # Programs are looked for in the working directory first, as ``python -m`` would.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return operator.attrgetter(name)(importlib.import_module(module_name))
-    # A user's module may raise anything when it is imported.
-    except Exception as error:
-        raise StudentError(
-            f"{role}: cannot import {path} ({type(error).__name__}: {error}). Start from the "
-            "folder where it imports, or install the package that holds it."
-        ) from error
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

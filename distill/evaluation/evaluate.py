@@ -22,16 +22,20 @@ from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
 from distill.tracing.trace import FailureKind, Trace
 from distill.tracing.tracer import with_current_score
 
+CONNECTION = {"api_base", "base_url", "api_version", "cache", "num_retries", "timeout", "headers"}
+
 
 def teacher_lm(settings: dict[str, Any]) -> LmSpec:
     """The teacher: ``dspy.LM`` with the user's settings.
 
     DSPy's own cache is off: the trace store is what keeps answers, and a cached answer
-    would count as a call and lie about its latency.
+    would count as a call and lie about its latency. What only says how the model is reached
+    names no other teacher, so a server that moved is not paid again.
     """
+    names = {key: value for key, value in settings.items() if key not in CONNECTION}
     return LmSpec(
         make=functools.partial(dspy.LM, **{"cache": False, **settings}),
-        identity={"teacher": settings},
+        identity={"teacher": names},
     )
 
 

@@ -18,7 +18,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError
 
 from distill.datasets import example_id
-from distill.programs import Task, metric_fingerprint, runs_async
+from distill.programs import Task, metric_fingerprint
 from distill.tracing.trace import (
     Failure,
     FailureKind,
@@ -29,6 +29,7 @@ from distill.tracing.trace import (
     total_usage,
 )
 from distill.tracing.values import jsonable, revive_prediction
+from serve.programs import runs_async
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000

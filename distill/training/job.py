@@ -292,7 +292,7 @@ def _explain(error: TrainingFailedError) -> str:
     # A rank that loses its partner fails as well; an error of ours is where it began.
     ours = [cause for cause in causes if isinstance(cause, DistillError)]
     cause: BaseException = next(iter(ours or causes), error)
-    while isinstance(getattr(cause, "cause", None), BaseException):
-        cause = cause.cause
+    while isinstance(inner := getattr(cause, "cause", None), BaseException):
+        cause = inner
     message = str(cause).strip() or repr(cause)
     return message if isinstance(cause, DistillError) else f"{type(cause).__name__}: {message}"

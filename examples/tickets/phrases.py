@@ -1,8 +1,9 @@
 """The wording that generated tickets are put together from.
 
 Each kind of phrase and each list of synonyms is in two parts: ``seen`` is used in the
-training split; ``held_out`` phrases appear in the test split only, and held-out synonyms
-there beside the seen ones. The words in the slots carry the meaning and the phrases
+training split; ``held_out`` appears in the test split only. There, problems, requests and
+urgency are told in held-out phrases alone; for synonyms and small talk the held-out ones
+stand beside the seen. The words in the slots carry the meaning and the phrases
 around them vary, so that a person (and a student that has learned more than the training
 text) can tell what a held-out phrase says. Slots in braces are filled from ``words`` or by
 the generator.
@@ -164,7 +165,7 @@ URGENCY = {
             "I know you are busy, and {relaxed}.",
         ),
         (
-            "Feel free to {reply} {someday}, because {relaxed}.",
+            "You are free to {reply} {someday}, because {relaxed}.",
             "As {relaxed}, news {someday} will do.",
         ),
     ),
@@ -177,20 +178,21 @@ URGENCY = {
 
 ORDERS = Wording(
     (
-        "My order is {order}.",
-        "Order number {order}.",
-        "I placed order {order} {time}.",
-        "I ordered it {time} (order {order}).",
-        "It is about order {order}.",
+        "My order is #{order}.",
+        "Order number #{order}.",
+        "I placed order #{order} {time}.",
+        "I ordered it {time} (order #{order}).",
+        "It is about order #{order}.",
     ),
     (
-        "You find it under order {order}.",
-        "This concerns my order {order}.",
-        "The number of the order is {order}.",
+        "You find it under order #{order}.",
+        "This concerns my order #{order}.",
+        "The number of the order is #{order}.",
     ),
 )
 
-SUBJECTS = Wording(("Order {order}:", "Re: order {order} -"), ("About order {order}:",))
+# The sign before the number keeps a tokenizer from joining the number to the space.
+SUBJECTS = Wording(("Order #{order}:", "Re: order #{order} -"), ("About order #{order}:",))
 
 OPENERS = Wording(
     (

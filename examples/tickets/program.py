@@ -24,7 +24,7 @@ class Extract(dspy.Signature):
     ticket: str = dspy.InputField()
     queue: Queue = dspy.InputField(desc="the team that the ticket goes to")
     product: str = dspy.OutputField(desc="the product's name as the catalogue has it")
-    order_id: str = dspy.OutputField(desc="such as B2-T8, or none when no order is named")
+    order_id: str = dspy.OutputField(desc="such as B2-V8, or none when no order is named")
 
 
 class SupportDesk(dspy.Module):

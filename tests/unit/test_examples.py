@@ -30,7 +30,7 @@ from examples.tickets.teacher import make_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = [dspy.ChatAdapter(), dspy.JSONAdapter()]
-TRAIN, TEST = make_splits()
+TRAIN, TEST = make_splits(1500, 300)
 
 
 class Sort(dspy.Signature):

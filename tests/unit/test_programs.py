@@ -12,9 +12,9 @@ from distill.programs import (
     load_task,
     metric_fingerprint,
     program_fingerprint,
-    runs_async,
 )
 from serve.errors import ConfigurationError
+from serve.programs import runs_async
 from tests import programs
 
 

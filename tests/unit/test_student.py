@@ -9,7 +9,7 @@ import dspy
 import pytest
 
 from serve.engines.base import ChatResult
-from serve.errors import StudentError
+from serve.errors import ConfigurationError, StudentError
 from serve.folding import Folding
 from serve.student import Manifest, load_adapter, load_program
 from serve.student_lm import StudentLM, student_adapter
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_manifest_is_a_student_error(folder, text):
 )
 def test_a_program_that_is_not_there_is_a_student_error(folder, path):
     edit(folder / "student.json", program=path)
-    with pytest.raises(StudentError, match="program: "):
+    with pytest.raises(ConfigurationError, match="program: "):
         load_program(folder)
 
 

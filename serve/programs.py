@@ -1,0 +1,93 @@
+"""The user's program: importing it, building it, and how it wants to be called.
+
+A program is named by an import path, ``package.module:factory``; it is looked for in the
+working directory first, as ``python -m`` would.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from serve.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import dspy
+
+
+def import_object(path: str, role: str) -> Any:
+    """Import ``package.module:name``; the name may have dots.
+
+    Raises:
+        ConfigurationError: The module does not import, or has no such name.
+    """
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        thing: Any = importlib.import_module(module_name)
+    # A user's module may raise anything when it is imported.
+    except Exception as error:
+        raise ConfigurationError(
+            f"{role}: cannot import {module_name}: {type(error).__name__}: {error}"
+            f"{_place(error)}. Import paths are looked for from the working directory."
+        ) from error
+    try:
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    except AttributeError:
+        known = [key for key, value in vars(thing).items() if inspect.isfunction(value)]
+        raise ConfigurationError(
+            f"{role}: {module_name} has no {name!r}; its functions are {', '.join(known)}."
+        ) from None
+    return thing
+
+
+def build_program(path: str) -> "dspy.Module":
+    """Import and call a program's factory.
+
+    Raises:
+        ConfigurationError: It does not import, raises, or gives no ``dspy.Module``.
+    """
+    import dspy
+
+    factory = import_object(path, "program")
+    try:
+        program = factory() if callable(factory) else factory
+    # The factory is the user's code as well.
+    except Exception as error:
+        raise ConfigurationError(
+            f"program: {path}() raised {type(error).__name__}: {error}{_place(error)}."
+        ) from error
+    if not isinstance(program, dspy.Module):
+        raise ConfigurationError(
+            f"program: {path} gave a {type(program).__name__}; expected a function that "
+            "returns a dspy.Module."
+        )
+    return program
+
+
+def runs_async(program: "dspy.Module") -> bool:
+    """Whether the program itself, not only DSPy beneath it, defines ``aforward``."""
+    # DSPy's own modules have both; a thread costs them less than an event loop does.
+    owner = next((kind for kind in type(program).__mro__ if "aforward" in vars(kind)), None)
+    return owner is not None and not owner.__module__.startswith("dspy.")
+
+
+def entry_point(program: "dspy.Module") -> Callable[..., Any]:
+    """The method that a call of the program ends up in."""
+    name = "aforward" if runs_async(program) else "forward"
+    # Past DSPy's own attribute access, which warns of forward being used directly.
+    method: Callable[..., Any] = object.__getattribute__(program, name)
+    return method
+
+
+def _place(error: BaseException) -> str:
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    if frame is None or frame.tb_frame.f_code.co_filename.startswith("<frozen"):
+        return ""
+    return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})"
