@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from distill import summary
 from distill.config import RunConfig, ServeConfig
 from distill.preflight import Inputs
-from distill.programs import describe_signature, fingerprint
+from distill.programs import fingerprint
 from distill.rundir import RunDir, local_folder
 from serve.errors import ConfigurationError
+from serve.programs import describe_signature
 from serve.student import MANIFEST, PROGRAM, Manifest
 
 if TYPE_CHECKING:
@@ -65,7 +66,11 @@ def write_student(
         base_model=config.student.model,
         folding=inputs.folding.to_json() if inputs.folding else None,
         max_new_tokens=result.max_new_tokens,
-        metrics={"train_loss": result.train_loss, "val_loss": result.val_loss},
+        metrics={
+            "train_loss": result.train_loss,
+            "val_loss": result.val_loss,
+            "val_exact": result.val_exact,
+        },
         fingerprints={"student": identity, "config": fingerprint(config.model_dump(mode="json"))},
         versions=summary.versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,11 +13,10 @@ from typing import Any
 
 import cloudpickle
 import dspy
-import pydantic
 
 from distill.datasets import canonical_json
 from serve.errors import ConfigurationError
-from serve.programs import build_program, entry_point, import_object
+from serve.programs import build_program, describe_signature, entry_point, import_object
 
 Metric = Callable[..., Any]
 
@@ -91,22 +90,6 @@ def check_inputs(program: dspy.Module, inputs: Sequence[str]) -> None:
         )
 
 
-def describe_signature(signature: type[dspy.Signature]) -> dict[str, Any]:
-    """A signature as JSON values: instructions and typed fields."""
-
-    def describe(field: Any) -> dict[str, Any]:
-        return {
-            "type": _describe_type(field.annotation),
-            "description": (field.json_schema_extra or {}).get("desc"),
-        }
-
-    return {
-        "instructions": signature.instructions,
-        "inputs": {name: describe(field) for name, field in signature.input_fields.items()},
-        "outputs": {name: describe(field) for name, field in signature.output_fields.items()},
-    }
-
-
 def program_fingerprint(task: Task) -> str:
     """Changes when the program's answers may: its state, signatures, adapter or code.
 
@@ -135,14 +118,6 @@ def metric_fingerprint(metric: Metric) -> str:
 def fingerprint(value: Any) -> str:
     """A short hash of JSON values."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
-
-
-def _describe_type(annotation: Any) -> Any:
-    try:
-        return pydantic.TypeAdapter(annotation).json_schema()
-    except (pydantic.errors.PydanticUserError, TypeError):
-        # Types without a schema, as classes of the user's own, are known by their name.
-        return getattr(annotation, "__qualname__", str(annotation))
 
 
 def _code_of(thing: Any) -> str:

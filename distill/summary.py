@@ -92,7 +92,8 @@ def describe_training(result: Any) -> str:
     parts = [f"{result.num_parameters / 1e6:.1f} M parameters", f"{result.steps} steps"]
     parts.append(f"train loss {result.train_loss:.3f}")
     if result.val_loss is not None:
-        parts.append(f"validation loss {result.val_loss:.3f} (epoch {result.best_epoch})")
+        parts.append(f"validation loss {result.val_loss:.3f}")
+        parts.append(f"{result.val_exact:.1%} exact (epoch {result.best_epoch})")
     if result.dropped_rows:
         parts.append(f"{result.dropped_rows} rows over train.max_length left out")
     return ", ".join(parts)

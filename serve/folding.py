@@ -167,10 +167,13 @@ class Folding:
             ) from error
 
 
+def escape(value: str) -> str:
+    """A value as it stands in a folded text: it holds no separator."""
+    return value.replace(ESCAPE, ESCAPE + "0").replace(SEPARATOR, ESCAPE + "1")
+
+
 def _join(values: Iterable[str]) -> str:
-    return SEPARATOR.join(
-        value.replace(ESCAPE, ESCAPE + "0").replace(SEPARATOR, ESCAPE + "1") for value in values
-    )
+    return SEPARATOR.join(map(escape, values))
 
 
 def _split(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The user's program: importing it, building it, and how it wants to be called.
+"""The user's program: importing it, building it, describing it, how it wants to be called.
 
 A program is named by an import path, ``package.module:factory``; it is looked for in the
 working directory first, as ``python -m`` would.
@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import pydantic
 
 from serve.errors import ConfigurationError
 
@@ -82,6 +84,30 @@ def entry_point(program: "dspy.Module") -> Callable[..., Any]:
     # Past DSPy's own attribute access, which warns of forward being used directly.
     method: Callable[..., Any] = object.__getattribute__(program, name)
     return method
+
+
+def describe_signature(signature: "type[dspy.Signature]") -> dict[str, Any]:
+    """A signature as JSON values: instructions and typed fields."""
+
+    def describe(field: Any) -> dict[str, Any]:
+        return {
+            "type": _describe_type(field.annotation),
+            "description": (field.json_schema_extra or {}).get("desc"),
+        }
+
+    return {
+        "instructions": signature.instructions,
+        "inputs": {name: describe(field) for name, field in signature.input_fields.items()},
+        "outputs": {name: describe(field) for name, field in signature.output_fields.items()},
+    }
+
+
+def _describe_type(annotation: Any) -> Any:
+    try:
+        return pydantic.TypeAdapter(annotation).json_schema()
+    except (pydantic.errors.PydanticUserError, TypeError):
+        # Types without a schema, as classes of the user's own, are known by their name.
+        return getattr(annotation, "__qualname__", str(annotation))
 
 
 def _place(error: BaseException) -> str:

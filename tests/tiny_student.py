@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from serve.folding import Folding
+from serve.programs import describe_signature
 from serve.student import Manifest
 
 TEMPLATE = (
@@ -69,14 +70,14 @@ def build_async() -> dspy.Module:
     return AsyncDesk()
 
 
-def make_student(folder: Path, factory: str = "tests.tiny_student:build") -> Path:
-    """Write a whole student directory and return it."""
+def make_student(folder: Path, factory: str = "tests.tiny_student:build", epochs: int = 80) -> Path:
+    """Write a whole student directory and return it; without epochs it has learned nothing."""
     adapter = dspy.ChatAdapter()
     folding = Folding.learn({"triage": (Triage, [])}, adapter)
     rows = [folding.fold_row(_row(adapter, *row)) for row in ROWS]
     chats = [row.messages for row in rows if row is not None]
     tokenizer = _tokenizer(chats)
-    _model(tokenizer, chats).save_pretrained(folder)
+    _model(tokenizer, chats, epochs).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     build().save(str(folder / "program.json"))
     manifest(folding, factory).save(folder)
@@ -89,7 +90,7 @@ def manifest(folding: Folding, factory: str) -> Manifest:
         program=factory,
         inputs=["text"],
         outputs=["team", "urgent"],
-        predictors={"triage": {"instructions": Triage.instructions}},
+        predictors={"triage": describe_signature(Triage)},
         adapter="dspy.adapters.chat_adapter.ChatAdapter",
         base_model="scratch",
         folding=folding.to_json(),
@@ -123,7 +124,7 @@ def _tokenizer(chats: list[list[dict[str, Any]]]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _model(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> LlamaForCausalLM:
+def _model(tokenizer: Any, chats: list[list[dict[str, Any]]], epochs: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -142,7 +143,7 @@ def _model(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> LlamaForCausalL
     batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
+    for _ in range(epochs):
         loss = model(**batch, labels=labels).loss
         loss.backward()
         optimizer.step()

@@ -5,6 +5,7 @@ Hugging Face directory that needs nothing of ours to load. Ray Train stores it.
 """
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ import torch.distributed as dist
 
 ENGINE_TAG = "engine"
 MODEL_FOLDER = "model"
+SCORE = "quality"
+"""The metric by which Ray Train chooses the checkpoint that it keeps."""
+
+
+def quality(epoch: Mapping[str, Any]) -> float:
+    """How good the student of an epoch is; more is better.
+
+    First counts how many validation completions it would give exactly, then their loss:
+    a student goes on getting more answers right long after the loss of the ones that it
+    gets wrong has begun to rise. Without validation rows the training loss decides.
+    """
+    if epoch["val_loss"] is None:
+        return -epoch["train_loss"]
+    return epoch["val_exact"] - 1e-6 * epoch["val_loss"]
 
 
 def report_epoch(engine: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:

@@ -64,9 +64,30 @@ def start_engine(
 
 
 def weighted_loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
-    """Sum over tokens of weight times cross entropy, a scalar of float32.
+    """Sum over tokens of weight times cross entropy, a scalar of float32."""
+    logits, targets, weights = _predict(engine, batch)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum()
 
-    Only the positions whose prediction counts are projected on the vocabulary: with long
+
+def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
+    """float32[2]: the loss sum, and how many rows greedy decoding would complete exactly.
+
+    A completion comes out as it stands if each of its tokens is the likeliest after the
+    right ones before it, so one forward pass tells.
+    """
+    logits, targets, weights = _predict(engine, batch)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    counts = weights > 0
+    wrong = counts & (logits.argmax(-1) != targets)
+    exact = counts.any(dim=1) & ~wrong.any(dim=1)
+    return torch.stack([(losses * weights.flatten()).sum(), exact.sum().float()])
+
+
+def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [B, T, V], targets int64[B, T] and weights float32[B, T] of the last positions.
+
+    Only positions whose prediction counts are projected on the vocabulary: with long
     prompts that count nothing, that is where most of the work would be.
     """
     device = engine.device
@@ -78,11 +99,8 @@ def weighted_loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
         use_cache=False,
     ).logits[:, :-1]
     num_targets = logits.shape[1]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), input_ids[:, -num_targets:].flatten(), reduction="none"
-    )
     weights = torch.from_numpy(batch.weights[:, -num_targets:]).to(device)
-    return (losses * weights.flatten()).sum()
+    return logits, input_ids[:, -num_targets:], weights
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from distill.training.base_model import (
     max_positions,
 )
 from distill.training.batches import EncodedRows, count_steps
-from distill.training.checkpoints import MODEL_FOLDER
+from distill.training.checkpoints import MODEL_FOLDER, SCORE
 from distill.training.encoding import Conversation, encode
 from distill.training.loop import train_loop_per_worker
 from distill.training.mailbox import Event, run_with_events
@@ -55,10 +55,13 @@ class TrainingResult:
         seconds: Time spent training and validating, over all epochs.
         train_loss: Of the best epoch: mean over steps, prompt tokens as weighted.
         val_loss: Of the best epoch, per completion token; None without validation rows.
+        val_exact: Share of the validation completions that the best epoch's student gives
+            exactly, decoding greedily; None without validation rows.
         best_epoch: The epoch of ``model_dir``, from 1.
         num_parameters: Of the student.
         max_new_tokens: Enough for any completion like those trained on.
-        history: One dict per epoch: epoch, train_loss, val_loss, seconds, tokens_per_s.
+        history: One dict per epoch: epoch, train_loss, val_loss, val_exact, seconds,
+            tokens_per_s.
     """
 
     model_dir: str
@@ -70,6 +73,7 @@ class TrainingResult:
     seconds: float
     train_loss: float
     val_loss: float | None
+    val_exact: float | None
     best_epoch: int
     num_parameters: int
     max_new_tokens: int
@@ -98,7 +102,7 @@ def train(
 
     Args:
         train_rows: Rows file; its rows are learned, and give a scratch student its tokens.
-        val_rows: Rows file, may be empty; the epoch with its lowest loss is chosen.
+        val_rows: Rows file, may be empty; the epoch that does best on it is chosen.
         student: What is trained.
         train: How it is trained.
         storage: Ray Train's ``storage_path``, a folder or URI that all nodes reach.
@@ -112,7 +116,7 @@ def train(
     data = _prepare(train_rows, val_rows, student, train, RunDir(f"{storage}/{name}"))
     result = _fit(data, student, train, storage, name, on_event)
     history = result.metrics["history"]
-    checkpoint, best = min(result.best_checkpoints, key=lambda kept: kept[1][_score(data)])
+    checkpoint, best = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
     return TrainingResult(
         model_dir=f"{storage}/{name}/{Path(checkpoint.path).name}/{MODEL_FOLDER}",
         rows=len(data.train),
@@ -123,6 +127,7 @@ def train(
         seconds=sum(epoch["seconds"] for epoch in history),
         train_loss=best["train_loss"],
         val_loss=best["val_loss"],
+        val_exact=best["val_exact"],
         best_epoch=best["epoch"],
         num_parameters=result.metrics["num_parameters"],
         max_new_tokens=_max_new_tokens(data),
@@ -207,8 +212,8 @@ def _fit(
         failure_config=ray.train.FailureConfig(max_failures=2),
         checkpoint_config=ray.train.CheckpointConfig(
             num_to_keep=1,
-            checkpoint_score_attribute=_score(data),
-            checkpoint_score_order="min",
+            checkpoint_score_attribute=SCORE,
+            checkpoint_score_order="max",
         ),
         worker_runtime_env={"env_vars": _worker_environment(use_gpu)},
     )
@@ -260,10 +265,6 @@ def _use_gpu(train: TrainConfig) -> bool:
 def _cpus_per_worker(train: TrainConfig) -> int:
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return cpus_per_worker(nodes, train.num_workers)
-
-
-def _score(data: _Data) -> str:
-    return "val_loss" if len(data.val) else "train_loss"
 
 
 def _steps_per_epoch(data: _Data, train: TrainConfig) -> int:

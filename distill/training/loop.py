@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from distill.config import TrainConfig
 from distill.training.base_model import load_tokenizer, local_base
-from distill.training.batches import EncodedRows, Step, collate, count_steps, plan_epoch
-from distill.training.checkpoints import report_epoch, resume
-from distill.training.engine import start_engine, weighted_loss_sum
+from distill.training.batches import Batch, EncodedRows, Step, collate, count_steps, plan_epoch
+from distill.training.checkpoints import SCORE, quality, report_epoch, resume
+from distill.training.engine import start_engine, validate_batch, weighted_loss_sum
 from serve.errors import TrainingError
 
 
@@ -76,16 +76,22 @@ class Training:
             started = time.monotonic()
             train_loss = self._train_epoch(epoch)
             trained_s = time.monotonic() - started
-            val_loss = self._validate() if len(self.val_rows) else None
+            val_loss, val_exact = self._validate() if len(self.val_rows) else (None, None)
             summary = {
                 "epoch": epoch,
                 "train_loss": train_loss,
                 "val_loss": val_loss,
+                "val_exact": val_exact,
                 "seconds": time.monotonic() - started,
                 "tokens_per_s": int(self.rows.offsets[-1]) / trained_s,
             }
             history = [*history, summary]
-            metrics = {**summary, "history": history, "num_parameters": self._num_parameters()}
+            metrics = {
+                **summary,
+                SCORE: quality(summary),
+                "history": history,
+                "num_parameters": self._num_parameters(),
+            }
             report_epoch(self.engine, self.tokenizer, metrics)
             self.progress.send({"event": "train_epoch", **summary}, wait=True)
 
@@ -126,29 +132,32 @@ class Training:
         scale = self.world_size * self.train.gradient_accumulation_steps / step.loss_weight
         total = torch.zeros((), device=self.engine.device)
         for indices in step.micro_batches[self.rank]:
-            loss = self._loss(self.rows, indices, self.prompt_weight)
+            batch = self._batch(self.rows, indices, self.prompt_weight)
+            loss = weighted_loss_sum(self.engine, batch)
             self.engine.backward(loss * scale)
             self.engine.step()
             total += loss.detach()
         return total / step.loss_weight
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        """Mean loss of a completion token over the validation rows, shared by all ranks."""
+    def _validate(self) -> tuple[float, float]:
+        """Mean loss of a completion token, and the share of completions found exactly.
+
+        All ranks share the rows.
+        """
         self.engine.eval()
         plan = self._plan(self.val_rows, prompt_weight=0.0, epoch=0, accumulation=1)
-        total = torch.zeros((), device=self.engine.device)
+        total = torch.zeros(2, device=self.engine.device)
         for step in plan:
-            total += self._loss(self.val_rows, step.micro_batches[self.rank][0], 0.0)
+            batch = self._batch(self.val_rows, step.micro_batches[self.rank][0], 0.0)
+            total += validate_batch(self.engine, batch)
         dist.all_reduce(total)
-        loss = total.item() / sum(step.loss_weight for step in plan)
-        return _finite(loss, "the validation loss")
+        loss, exact = total.tolist()
+        loss /= sum(step.loss_weight for step in plan)
+        return _finite(loss, "the validation loss"), exact / len(self.val_rows)
 
-    def _loss(
-        self, rows: EncodedRows, indices: Sequence[int], prompt_weight: float
-    ) -> torch.Tensor:
-        batch = collate(rows, indices, prompt_weight, self.tokenizer.pad_token_id)
-        return weighted_loss_sum(self.engine, batch)
+    def _batch(self, rows: EncodedRows, indices: Sequence[int], prompt_weight: float) -> Batch:
+        return collate(rows, indices, prompt_weight, self.tokenizer.pad_token_id)
 
     def _plan(
         self, rows: EncodedRows, prompt_weight: float, epoch: int, accumulation: int | None = None

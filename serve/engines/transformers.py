@@ -17,8 +17,10 @@ import transformers
 
 from serve.engines.base import ChatRequest, ChatResult, RequestError
 from serve.engines.batches import plan_batches
+from serve.engines.grammar import Grammars
 from serve.errors import StudentError
 from serve.folding import Folding
+from serve.patterns import completion_pattern
 from serve.student import MANIFEST, Manifest
 
 logger = logging.getLogger(__name__)
@@ -66,8 +68,9 @@ class TransformersEngine:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         manifest = Manifest.load(model_dir) if Path(model_dir, MANIFEST).exists() else None
-        folding = manifest.folding if manifest else None
-        self._folding = Folding.from_json(folding) if folding else None
+        self._folding = (
+            Folding.from_json(manifest.folding) if manifest and manifest.folding else None
+        )
         self._default_max_tokens = manifest.max_new_tokens if manifest else MAX_NEW_TOKENS
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model, self._tokenizer = _load(model_dir, self._device, chat_template)
@@ -78,6 +81,7 @@ class TransformersEngine:
         self._model.generation_config = transformers.GenerationConfig(
             eos_token_id=self._eos, pad_token_id=self._pad
         )
+        self._grammars = Grammars(self._tokenizer, self._eos, _patterns(manifest))
         limit = self._model.config.get_text_config().max_position_embeddings
         self._max_positions: int = limit or self._tokenizer.model_max_length
 
@@ -138,6 +142,7 @@ class TransformersEngine:
                 input_ids=input_ids.to(self._device),
                 attention_mask=attention_mask.to(self._device),
                 max_new_tokens=prompts[0].max_new_tokens,
+                logits_processor=self._grammars.processor([p.predictor for p in prompts]),
                 **_sampling(first),
             )
         return [_until(ids, self._eos) for ids in output[:, width:].tolist()]
@@ -159,6 +164,15 @@ class TransformersEngine:
             completion_tokens=len(ids),
             folded=prompt.predictor is not None,
         )
+
+
+def _patterns(manifest: Manifest | None) -> dict[str, str]:
+    if manifest is None or not manifest.folding:
+        return {}
+    return {
+        name: completion_pattern(described["outputs"])
+        for name, described in manifest.predictors.items()
+    }
 
 
 def _load(

@@ -55,6 +55,14 @@ def client(server):
         yield client
 
 
+def test_a_student_that_has_learned_nothing_still_answers_what_parses(tmp_path):
+    folder = tiny_student.make_student(tmp_path, epochs=0)
+    engine = TransformersEngine(folder)
+    requests = [ChatRequest(messages=prompt_of(f"text {n}"), temperature=n / 4) for n in range(8)]
+    for result in engine.generate(requests):
+        assert dspy.ChatAdapter().parse(tiny_student.Triage, result.text)["urgent"] in (True, False)
+
+
 class TestEngine:
     @pytest.fixture(scope="class")
     def engine(self, student_dir):

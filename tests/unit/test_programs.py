@@ -8,13 +8,12 @@ import pytest
 from distill.programs import (
     Task,
     check_inputs,
-    describe_signature,
     load_task,
     metric_fingerprint,
     program_fingerprint,
 )
 from serve.errors import ConfigurationError
-from serve.programs import runs_async
+from serve.programs import describe_signature, runs_async
 from tests import programs
 
 
