@@ -153,20 +153,30 @@ def _serve(arguments: Arguments, terminal: Terminal) -> None:
     from distill.rundir import RunDir
     from serve.app import run
 
+    _on_end_signals(_interrupt)
     directory = RunDir(arguments.run_dir)
     args = app_args(directory)
     terminal.log_to(_log_file(directory, "serve"))
     terminal.say(f"Starting the student in {args.student} ...")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     server = run(args, host=arguments.host, port=arguments.port)
     try:
         terminal.say(f"Serving at {server.url}: POST /predict, see /docs. Ctrl-C stops it.")
-        stop.wait()
-    finally:
+        threading.Event().wait()
+    except KeyboardInterrupt:
         terminal.say("Stopping ...")
+    finally:
+        # It is stopping already: another Ctrl-C must not leave half of it behind.
+        _on_end_signals(signal.SIG_IGN)
         server.close()
+
+
+def _on_end_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

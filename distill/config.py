@@ -17,6 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from serve.errors import ConfigurationError
 
+# Whole words, so that max_tokens is none of them.
+SECRET_KEY = re.compile(
+    r"(?i)(^|[_-])(api_?key|key|token|secret|password|credentials|authorization)$"
+)
+SECRET_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
+
+SCRATCH = "scratch"
 ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -50,10 +57,10 @@ class TeacherConfig(Section):
     def _check(self) -> "TeacherConfig":
         if not isinstance(self.lm.get("model"), str):
             raise ValueError("teacher.lm needs a model, such as {model: openai/gpt-4o-mini}")
-        secret = next((key for key in self.lm if "api_key" in key or "token" in key[-6:]), None)
+        secret = _find_secret(self.lm, "teacher.lm")
         if secret:
             raise ValueError(
-                f"teacher.lm.{secret} would put a secret into the run directory. Set it in the "
+                f"{secret} would put a secret into the run directory. Set it in the "
                 "environment instead, as OPENAI_API_KEY=... or your provider's own variable"
             )
         return self
@@ -95,7 +102,7 @@ class ScratchConfig(Section):
 class StudentConfig(Section):
     """What is trained."""
 
-    model: str = "scratch"
+    model: str = SCRATCH
     """``scratch``, a Hugging Face id, or a directory relative to the configuration file."""
     prompt: Literal["folded", "full"] = "folded"
     scratch: ScratchConfig = ScratchConfig()
@@ -233,11 +240,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path, overridden: set[str]) -> None:
+    def base(path: str) -> Path:
+        given = any(path == key or path.startswith(f"{key}.") for key in overridden)
+        return Path.cwd() if given else folder
+
     def resolve(section: Any, key: str, path: str) -> None:
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and not _is_uri(value):
-            base = Path.cwd() if path in overridden else folder
-            section[key] = str(base / value)
+            section[key] = str(base(path) / value)
 
     tree.setdefault("storage", "runs")
     resolve(tree, "storage", "storage")
@@ -245,10 +255,21 @@ def _resolve_paths(tree: dict[str, Any], folder: Path, overridden: set[str]) -> 
         resolve(tree.get("data"), key, f"data.{key}")
     student = tree.get("student")
     if isinstance(student, dict) and isinstance(model := student.get("model"), str):
-        base = Path.cwd() if "student.model" in overridden else folder
+        path = base("student.model") / Path(model).expanduser()
         # A Hugging Face id looks like a relative path; a directory that is there wins.
-        if model.startswith((".", "/", "~")) or (model != "scratch" and (base / model).is_dir()):
-            student["model"] = str(base / Path(model).expanduser())
+        if model.startswith((".", "/", "~")) or (model != "scratch" and path.is_dir()):
+            student["model"] = str(path)
+
+
+def _find_secret(value: Any, path: str) -> str | None:
+    """Where a setting holds what looks like a secret, if anywhere."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if SECRET_KEY.search(str(key)):
+                return f"{path}.{key}"
+            if found := _find_secret(inner, f"{path}.{key}"):
+                return found
+    return path if isinstance(value, str) and SECRET_URL.search(value) else None
 
 
 def _is_uri(value: str) -> bool:
@@ -260,7 +281,7 @@ def _explain(error: Any) -> str:
     path = ".".join(keys)
     if error["type"] == "extra_forbidden":
         known = _known_keys(keys[:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
         return f"{path}: unknown key; {hint}"
     if error["type"] == "missing":

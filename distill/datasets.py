@@ -49,7 +49,7 @@ def example_id(example: dspy.Example) -> str:
 
 def canonical_json(value: typing.Any) -> str:
     """One text for equal values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def is_dev(identity: str) -> bool:
@@ -156,7 +156,7 @@ def _read_parquet(source: str, content: bytes) -> Iterator[Record]:
 
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ConfigurationError(f"{source}: is not a Parquet file: {error}") from None
     yield from table.to_pylist()
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import pydantic
+
 from distill import summary
 from distill.config import RunConfig, ServeConfig
 from distill.preflight import Inputs
 from distill.programs import fingerprint
 from distill.rundir import RunDir, local_folder
 from serve.errors import ConfigurationError
+from serve.patterns import completion_pattern
 from serve.programs import describe_signature
-from serve.student import MANIFEST, PROGRAM, Manifest
+from serve.student import MANIFEST, PROGRAM, Manifest, class_path
 
 if TYPE_CHECKING:
     from distill.training.job import TrainingResult
@@ -53,7 +56,7 @@ def write_student(
         result: ``result.model_dir`` is copied.
         identity: What names the student.
     """
-    program, adapter = inputs.task.program, type(inputs.task.adapter)
+    program = inputs.task.program
     manifest = Manifest(
         program=config.program,
         inputs=list(config.data.inputs),
@@ -62,9 +65,10 @@ def write_student(
             name: describe_signature(predictor.signature)
             for name, predictor in program.named_predictors()
         },
-        adapter=f"{adapter.__module__}.{adapter.__qualname__}",
+        adapter=class_path(inputs.task.adapter),
         base_model=config.student.model,
         folding=inputs.folding.to_json() if inputs.folding else None,
+        grammar=_grammar(inputs),
         max_new_tokens=result.max_new_tokens,
         metrics={
             "train_loss": result.train_loss,
@@ -75,7 +79,10 @@ def write_student(
         versions=summary.versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    with directory.replacing(STUDENT) as folder, local_folder(result.model_dir) as model:
+    with (
+        directory.replacing(STUDENT, seal=MANIFEST) as folder,
+        local_folder(result.model_dir) as model,
+    ):
         shutil.copytree(model, folder, dirs_exist_ok=True)
         program.save(str(folder / PROGRAM))
         manifest.save(folder)
@@ -95,18 +102,58 @@ def app_args(directory: RunDir) -> "AppArgs":
     """How to serve the run's student, as its configuration says.
 
     Raises:
-        ConfigurationError: The run directory holds no student.
+        ConfigurationError: This is no run directory, or it holds no student.
     """
     from serve.app import AppArgs
 
+    config = _serve_config(directory)
     if student_identity(directory) is None:
         raise ConfigurationError(
             f"{directory.uri}: holds no student. Train one with raydistill run CONFIG."
         )
-    config = ServeConfig.model_validate(directory.read_json("config.json")["serve"])
     return AppArgs(
         student=directory.join(STUDENT),
         min_replicas=config.replicas.min,
         max_replicas=config.replicas.max,
         api_key_env=config.api_key_env,
     )
+
+
+def _serve_config(directory: RunDir) -> ServeConfig:
+    expected = "Give the folder that raydistill run made, <storage>/<name>."
+    try:
+        config = directory.read_json("config.json")
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{directory.join('config.json')}: is not JSON ({error}). {expected}"
+        ) from None
+    if config is None:
+        raise ConfigurationError(
+            f"{directory.uri}: is no run directory, since it has no config.json. {expected}"
+        )
+    found = config.get("serve") if isinstance(config, dict) else None
+    if found is None:
+        raise ConfigurationError(
+            f"{directory.join('config.json')}: has no section serve, so it is not a run's "
+            f"configuration. {expected}"
+        )
+    try:
+        return ServeConfig.model_validate(found)
+    except pydantic.ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, ('serve', *item['loc'])))}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigurationError(
+            f"{directory.join('config.json')}: {wrong}. Correct it, or run raydistill run again."
+        ) from None
+
+
+def _grammar(inputs: Inputs) -> dict[str, str]:
+    if inputs.folding is None:
+        return {}
+    return {
+        name: completion_pattern(predictor.signature, inputs.task.adapter, inputs.folding, name)
+        for name, predictor in inputs.task.program.named_predictors()
+        if name in inputs.folding.completions
+    }

@@ -15,21 +15,25 @@ from typing import Any
 import dspy
 
 from distill import cluster, export, preflight, summary
-from distill.config import RunConfig
+from distill.config import SCRATCH, RunConfig
 from distill.datasets import count_leaks, example_id
-from distill.evaluation.evaluate import for_student, run_arm, student_lm, teacher_lm
+from distill.evaluation.evaluate import (
+    for_student,
+    run_arm,
+    scored_traces,
+    student_lm,
+    teacher_lm,
+)
 from distill.evaluation.report import ExampleResult, build_report, render_html
 from distill.preflight import Inputs
-from distill.programs import Task, fingerprint
+from distill.programs import Task, fingerprint, program_fingerprint
 from distill.progress import ProgressReporter
 from distill.rows import count_rejections, keep, render_rows
 from distill.rundir import RunDir
 from distill.tracing.collect import Collection, LmSpec, collect
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import Trace
-from distill.tracing.tracer import with_current_score
-from serve.errors import TracingError
+from serve.errors import TracingError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ def make_rows(run: Run) -> Rows:
     """Render the traces that are good enough to learn from, as ``rows/*.jsonl``."""
     task, folding = run.inputs.task, run.inputs.folding
     with run.progress.stage("rows") as stage:
-        traces = _traces(run)
+        traces = scored_traces(_teacher_job(run))
+        if not traces:
+            raise TracingError("There are no traces yet. Run raydistill trace first.")
         kept = keep(traces, run.config.trace, has_metric=task.metric is not None)
         rejected = count_rejections(traces, kept)
         rows, counts = render_rows(kept, task.program, task.adapter, folding)
@@ -115,9 +121,7 @@ def train(run: Run, rows: Rows) -> None:
     """Fine-tune the student on the rows; its best checkpoint becomes ``student/``."""
     from distill.training.job import train as fine_tune
 
-    config, directory = run.config, run.directory
-    recipe = config.train.model_dump(exclude={"logging_steps", "use_gpu"})
-    identity = fingerprint([rows.fingerprint, config.student.model_dump(), recipe])
+    config, directory, identity = run.config, run.directory, _student_identity(run, rows)
     with run.progress.stage("train") as stage:
         if export.is_current(directory, identity):
             stage.update(1, 1, "the student is up to date")
@@ -131,16 +135,23 @@ def train(run: Run, rows: Rows) -> None:
             name=identity[:12],
             on_event=summary.show_training(stage, run.progress),
         )
-        export.write_student(directory, config, run.inputs, rows.outputs, result, identity)
+        # Before the student, whose presence says that all of this is done.
         directory.write_json("training.json", asdict(result))
+        export.write_student(directory, config, run.inputs, rows.outputs, result, identity)
         stage.update(1, 1, summary.describe_training(result))
 
 
 def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
     """Compare teacher, base and student on the test set; leaves ``report.json`` and more."""
     config, inputs, directory = run.config, run.inputs, run.directory
+    identity = _student_identity(run, rows)
+    if not export.is_current(directory, identity):
+        raise TrainingError(
+            f"{directory.join('student')}: is not the student of these traces and this "
+            "configuration. Run raydistill train first."
+        )
     report = build_report(
-        arms=_run_arms(run, spent_usd=rows.tracing["cost_usd"] or 0.0),
+        arms=_run_arms(run, identity, spent_usd=rows.tracing["cost_usd"] or 0.0),
         tracing=rows.tracing,
         training=summary.training_section(directory.read_json("training.json")),
         leakage={"test_in_train": count_leaks([*inputs.train, *inputs.dev], inputs.test)},
@@ -156,21 +167,31 @@ def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
     return report
 
 
-def _run_arms(run: Run, spent_usd: float) -> dict[str, list[ExampleResult] | None]:
+def _student_identity(run: Run, rows: Rows) -> str:
+    """Changes with whatever makes the student another one."""
+    config, inputs = run.config, run.inputs
+    recipe = config.train.model_dump(exclude={"logging_steps", "use_gpu"})
+    folding = inputs.folding.to_json() if inputs.folding else None
+    program = [config.program, config.data.inputs, program_fingerprint(inputs.task), folding]
+    base = [config.student.model_dump(), preflight.base_fingerprint(config.student.model)]
+    return fingerprint([rows.fingerprint, recipe, program, base])
+
+
+def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[ExampleResult] | None]:
     config, test = run.config, run.inputs.test
+    teacher = teacher_lm(config.teacher.lm)
     num_gpus = 1 if preflight.use_gpu(config) else 0
-    student = student_lm(
-        run.directory.join("student"), export.student_identity(run.directory), num_gpus
-    )
-    jobs: dict[str, Collection | None] = {
-        "teacher": _teacher_job(run, test, spent_usd),
-        "base": None,
-        "student": _job(run, for_student(run.inputs.task), student, test, Limits()),
+    jobs = {"teacher": _teacher_job(run, test, spent_usd)}
+    models = {"student": (run.directory.join("student"), identity)}
+    if config.student.model != SCRATCH:
+        models["base"] = (config.student.model, preflight.base_fingerprint(config.student.model))
+    for name, (model, named) in models.items():
+        lm = student_lm(model, named, num_gpus, teacher)
+        jobs[name] = _job(run, for_student(run.inputs.task), lm, test, Limits())
+    return {
+        name: _run_arm(run, name, jobs[name]) if name in jobs else None
+        for name in ("teacher", "base", "student")
     }
-    if config.student.model != "scratch":
-        base = student_lm(config.student.model, config.student.model, num_gpus)
-        jobs["base"] = _job(run, for_student(run.inputs.task), base, test, Limits())
-    return {name: _run_arm(run, name, job) if job else None for name, job in jobs.items()}
 
 
 def _run_arm(run: Run, name: str, job: Collection) -> list[ExampleResult]:
@@ -181,11 +202,10 @@ def _run_arm(run: Run, name: str, job: Collection) -> list[ExampleResult]:
 def _teacher_job(
     run: Run, examples: Sequence[dspy.Example] | None = None, spent_usd: float = 0.0
 ) -> Collection:
-    limits, budget_usd = run.config.trace, run.config.trace.budget_usd
-    left_usd = None if budget_usd is None else budget_usd - spent_usd
+    bounds = run.config.trace
+    limits = Limits(bounds.max_failure_rate, bounds.budget_usd, spent_usd)
     chosen = [*run.inputs.train, *run.inputs.dev] if examples is None else examples
-    lm = teacher_lm(run.config.teacher.lm)
-    return _job(run, run.inputs.task, lm, chosen, Limits(limits.max_failure_rate, left_usd))
+    return _job(run, run.inputs.task, teacher_lm(run.config.teacher.lm), chosen, limits)
 
 
 def _job(
@@ -193,18 +213,8 @@ def _job(
 ) -> Collection:
     store = TraceStore(run.directory.join("traces"))
     trace = run.config.trace
-    return Collection(task, lm, examples, store, trace.actors, trace.concurrency, limits)
-
-
-def _traces(run: Run) -> list[Trace]:
-    """The traces of the trainset that the store holds, scored by the metric of today."""
-    job = _teacher_job(run)
-    keys = job.keys()
-    found = job.store.latest(keys)
-    if not found:
-        raise TracingError("There are no traces yet. Run raydistill trace first.")
-    return [
-        with_current_score(found[key], example, job.task)
-        for key, example in keys.items()
-        if key in found
-    ]
+    actors = trace.actors
+    if lm.num_gpus:
+        # More actors than GPUs would wait for one for ever, and their examples with them.
+        actors = min(actors, int(cluster.capacity("GPU") / lm.num_gpus))
+    return Collection(task, lm, examples, store, actors, trace.concurrency, limits)

@@ -6,14 +6,16 @@ for with what the cluster has. Both end in a ``ConfigurationError`` or in nothin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dspy
 
 from distill import cluster, datasets, programs, rows
-from distill.config import RunConfig
+from distill.config import SCRATCH, RunConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
+from distill.training.deepspeed_config import make_deepspeed_config
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 
@@ -43,14 +45,19 @@ def load(config: RunConfig) -> Inputs:
     train, dev = _training_data(config)
     test = datasets.load_examples(config.data.test, config.data)
     programs.check_inputs(task.program, config.data.inputs)
-    if config.student.model != "scratch":
-        # Imported here: it brings torch, which a scratch student's check does not need.
-        from distill.training.base_model import check_base_model
-
-        check_base_model(config.student.model)
+    prompts = rows.check_renderable(task.program, task.adapter)
+    make_deepspeed_config(
+        config.train, num_workers=config.train.num_workers, use_gpu=False, bf16_supported=True
+    )
     folding = None
     if config.student.prompt == "folded":
         folding = rows.learn_folding(task.program, task.adapter)
+    if config.student.model != SCRATCH:
+        # Imported here: it brings torch, which a scratch student's check does not need.
+        from distill.training.base_model import check_base_model
+
+        full = config.student.prompt == "full" or folding is None or folding.unfoldable
+        check_base_model(config.student.model, prompts if full else ())
     return Inputs(task, train, dev, test, folding)
 
 
@@ -78,18 +85,14 @@ def estimate(inputs: Inputs) -> dict[str, Any]:
     Every predictor is taken to be called once an example, and a token to be four
     characters, so loops and branches are not seen.
     """
-    named = inputs.task.program.named_predictors()
+    prompts = rows.check_renderable(inputs.task.program, inputs.task.adapter)
     num_examples = len(datasets.distinct([*inputs.train, *inputs.dev, *inputs.test]))
-    characters = 0
-    for _, predictor in named:
-        blank = dict.fromkeys(predictor.signature.input_fields, "")
-        messages = inputs.task.adapter.format(predictor.signature, predictor.demos, blank)
-        characters += sum(len(str(message["content"])) for message in messages)
+    characters = sum(len(str(message["content"])) for prompt in prompts for message in prompt)
     values = [sum(len(str(v)) for v in e.inputs().toDict().values()) for e in inputs.train]
-    per_example = characters + len(named) * sum(values) / len(values)
+    per_example = characters + len(prompts) * sum(values) / len(values)
     return {
         "examples": num_examples,
-        "teacher_calls": num_examples * len(named),
+        "teacher_calls": num_examples * len(prompts),
         "prompt_tokens": round(num_examples * per_example / CHARS_PER_TOKEN),
     }
 
@@ -101,7 +104,21 @@ def _training_data(config: RunConfig) -> tuple[list[dspy.Example], list[dspy.Exa
     split: dict[bool, list[dspy.Example]] = {True: [], False: []}
     for example in train:
         split[datasets.is_dev(datasets.example_id(example))].append(example)
+    if not split[False]:
+        raise ConfigurationError(
+            f"{config.data.train}: its {len(train)} examples all fall into the validation split. "
+            "Give more examples, or data.dev."
+        )
     return split[False], split[True]
+
+
+def base_fingerprint(model: str) -> Any:
+    """What names a base model: its id, or for a folder on this machine its files as well."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return [model, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
 
 
 def _check_teacher(settings: dict[str, Any]) -> None:

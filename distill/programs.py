@@ -5,8 +5,10 @@ Importing and building the program is ``serve.programs``.
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,21 +95,26 @@ def check_inputs(program: dspy.Module, inputs: Sequence[str]) -> None:
 def program_fingerprint(task: Task) -> str:
     """Changes when the program's answers may: its state, signatures, adapter or code.
 
-    Comments, formatting and docstrings of plain methods count for nothing.
+    The state is whatever its modules hold that has a JSON form, and their LMs. Comments,
+    formatting and docstrings of methods count for nothing; what functions outside of its
+    classes do is not looked at.
     """
-    program = task.program
     predictors = {
         name: {
             "signature": describe_signature(predictor.signature),
             "demos": [dict(demo) for demo in predictor.demos],
             "config": predictor.config,
+            "lm": predictor.lm.dump_state() if predictor.lm else None,
         }
-        for name, predictor in program.named_predictors()
+        for name, predictor in task.program.named_predictors()
     }
-    modules = {type(module) for _, module in program.named_sub_modules(dspy.Module)}
-    code = sorted(_code_of(kind) for kind in modules if not kind.__module__.startswith("dspy."))
-    adapter = {key: str(value) for key, value in sorted(vars(task.adapter).items())}
-    return fingerprint([predictors, code, type(task.adapter).__qualname__, adapter])
+    modules = dict(task.program.named_sub_modules(dspy.Module))
+    own = {name: module for name, module in modules.items() if not _is_dspys(type(module))}
+    state = {name: _state_of(module) for name, module in own.items()}
+    kinds = {kind for module in own.values() for kind in type(module).__mro__}
+    code = sorted(_code_of(kind) for kind in kinds if not _is_dspys(kind) and kind is not object)
+    adapter = [type(task.adapter).__qualname__, _state_of(task.adapter)]
+    return fingerprint([predictors, state, code, adapter])
 
 
 def metric_fingerprint(metric: Metric) -> str:
@@ -120,13 +127,35 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
 
 
+def _is_dspys(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "dspy"
+
+
+def _state_of(thing: Any) -> dict[str, Any]:
+    """A thing's attributes: their values where these have a JSON form, else their types."""
+    return {name: _plain(value) for name, value in vars(thing).items() if name != "history"}
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        # Not its repr(), which may hold an address and so be another one in each process.
+        return type(value).__qualname__
+
+
 def _code_of(thing: Any) -> str:
+    if isinstance(thing, functools.partial):
+        given = canonical_json([_plain(thing.args), _plain(thing.keywords)])
+        return f"{_code_of(thing.func)} {given}"
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     except (OSError, TypeError, SyntaxError):
-        # No source, as for what is typed into an interpreter: the name must do.
+        # No source, as for what is typed into an interpreter: bytecode or the name must do.
         code = getattr(thing, "__code__", None)
-        return f"{thing!r}" if code is None else f"{code.co_code.hex()} {code.co_consts!r}"
+        if code is None:
+            return getattr(thing, "__qualname__", type(thing).__qualname__)
+        return f"{code.co_code.hex()} {_plain(code.co_consts)}"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -70,7 +71,7 @@ class ProgressReporter:
             raise
         seconds = time.monotonic() - start
         self.event("stage_end", stage=name, seconds=round(seconds, 3))
-        self.console.print(f"[green]✓[/] {name:<17}{stage.text}  [dim]{seconds:.1f} s[/]")
+        self.console.print(f"[green]✓[/] {name:<17}{escape(stage.text)}  [dim]{seconds:.1f} s[/]")
 
 
 def open_events(path: Path) -> Callable[[dict[str, Any]], None]:
@@ -133,7 +134,7 @@ class _BarStage(_StageBase):
         self._bar.stop()
 
     def _show(self, done: int, total: int, now: float) -> None:
-        self._bar.update(self._task, completed=done, total=total, text=self.text)
+        self._bar.update(self._task, completed=done, total=total, text=escape(self.text))
 
 
 class _LineStage(_StageBase):
@@ -150,4 +151,4 @@ class _LineStage(_StageBase):
         since, before = self._first
         left = (total - done) * (now - since) / (done - before) if done > before else None
         rest = "" if left is None else f", {left:.0f} s left"
-        self._reporter.console.print(f"  {self._name} {done}/{total} {self.text}{rest}")
+        self._reporter.console.print(f"  {self._name} {done}/{total} {escape(self.text)}{rest}")

@@ -15,6 +15,7 @@ import dspy
 from distill.config import TraceConfig
 from distill.tracing.trace import FailureKind, PredictorCall, Trace, passes
 from distill.tracing.values import allows_none, revive
+from serve.errors import ConfigurationError
 from serve.folding import Folding
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,37 @@ def learn_folding(program: dspy.Module, adapter: dspy.Adapter) -> Folding:
     return Folding.learn({name: (p.signature, p.demos) for name, p in named}, adapter)
 
 
+def check_renderable(program: dspy.Module, adapter: dspy.Adapter) -> list[list[dict[str, Any]]]:
+    """See that the adapter can render every predictor's prompts and answers.
+
+    Returns:
+        Each predictor's prompt with empty values; those of fields that have no empty value,
+        as a conversation's history, are left out.
+
+    Raises:
+        ConfigurationError: The adapter does not render answers.
+    """
+    prompts = []
+    for name, predictor in program.named_predictors():
+        signature = predictor.signature
+        try:
+            adapter.format_assistant_message_content(
+                signature, dict.fromkeys(signature.output_fields, "")
+            )
+        except NotImplementedError:
+            raise ConfigurationError(
+                f"{type(adapter).__name__} cannot write the answers of {name}, so there would be "
+                "nothing to train on. Use dspy.ChatAdapter, or an adapter that can."
+            ) from None
+        try:
+            blank = dict.fromkeys(signature.input_fields, "")
+            prompts.append(adapter.format(signature, predictor.demos, blank))
+        # Which types refuse an empty value, and how, is up to each of them.
+        except Exception as error:
+            logger.info("No blank prompt of %s: %s", name, error)
+    return prompts
+
+
 def render_rows(
     traces: Iterable[Trace],
     program: dspy.Module,
@@ -109,6 +141,7 @@ def _render(
     try:
         prompt = adapter.format(signature, predictor.demos, inputs)
         answer = adapter.format_assistant_message_content(signature, outputs)
+        answer.encode()  # Half of a surrogate pair is no text that a tokenizer takes.
     # Adapters are the user's to write, and one value of a field type may be what breaks
     # one; the row is left out, counted and shown.
     except Exception as error:

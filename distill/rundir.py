@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ class RunDir:
 
     def write_jsonl(self, name: str, values: Iterable[Mapping[str, Any]]) -> None:
         """Write JSON lines at once."""
-        lines = (json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        lines = (json.dumps(value) + "\n" for value in values)
         self.write_text(name, "".join(lines))
 
     def write_text(self, name: str, text: str) -> None:
@@ -110,13 +111,16 @@ class RunDir:
         os.replace(temporary, path)
 
     @contextlib.contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
+    def replacing(self, name: str, seal: str) -> Iterator[Path]:
         """A local folder to fill; on leaving it takes the place of ``name``.
 
-        What was there before goes away; a kill in the middle leaves no ``name`` at all,
-        never half of one.
+        What was there before goes away. A kill in the middle never leaves a half that could
+        be taken for the whole: ``seal`` is a file in the folder that comes last.
         """
         parent = self._root if self.is_local else None
+        if parent:
+            for left_over in Path(parent).glob(f".{name}-*"):
+                shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
             folder = Path(temporary) / name
             folder.mkdir()
@@ -126,8 +130,10 @@ class RunDir:
                 self._fs.rm(path, recursive=True)
             if self.is_local:
                 os.replace(folder, path)
-            else:
-                self._fs.put(f"{folder}/", f"{path}/", recursive=True)
+                return
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file == folder / seal):
+                self._fs.put_file(str(file), f"{path}/{file.relative_to(folder).as_posix()}")
 
     @contextlib.contextmanager
     def appending(self, name: str) -> Iterator[Path]:

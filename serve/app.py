@@ -4,10 +4,10 @@
 connected cluster. This is the only place where plain classes become deployments.
 """
 
+import contextlib
 import logging
 import os
 import socket
-import sys
 import time
 import urllib.request
 from typing import Annotated, Any, Literal
@@ -20,9 +20,11 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from serve import cluster
 from serve.errors import ConfigurationError, StudentError
+from serve.files import absolute
 from serve.program_server import ProgramServer, read_api_key
-from serve.student import Manifest, load_adapter, load_program
+from serve.student import load_student
 from serve.student_server import StudentServer
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class AppArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     student: str
-    """The student directory."""
+    """The student directory: a local path or an fsspec URI, such as ``s3://bucket/student``."""
     name: str = "student"
     """The model name at ``/v1``."""
     min_replicas: Annotated[int, Field(ge=1)] = 1
@@ -76,18 +78,16 @@ def build(args: AppArgs) -> ray.serve.Application:
 def _check(args: AppArgs) -> None:
     """Find here and now what would otherwise fail on a replica, again and again."""
     read_api_key(args.api_key_env)
-    load_adapter(Manifest.load(args.student))
-    load_program(args.student)
+    load_student(args.student)
 
 
 def _application(args: AppArgs) -> ray.serve.Application:
-    student_dir = os.path.abspath(args.student)
-    use_gpu = _has_gpu() if args.use_gpu == "auto" else args.use_gpu
+    student_dir = absolute(args.student)
     student = _deployment(
         StudentServer,
         args,
         ongoing=STUDENT_BATCHES_ONGOING * args.max_batch_size,
-        resources={"num_cpus": STUDENT_CPUS, "num_gpus": int(use_gpu)},
+        resources={"num_cpus": STUDENT_CPUS, "num_gpus": int(_use_gpu(args))},
         # As many threads as reserved cores: more of them only get into each other's way.
     ).bind(student_dir, args.max_batch_size, STUDENT_CPUS)
     return _deployment(
@@ -98,8 +98,16 @@ def _application(args: AppArgs) -> ray.serve.Application:
     ).bind(student, student_dir, args.name, args.api_key_env, PROGRAM_REQUESTS_ONGOING)
 
 
-def _has_gpu() -> bool:
-    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+def _use_gpu(args: AppArgs) -> bool:
+    if args.use_gpu == "auto":
+        return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+    return args.use_gpu
+
+
+def _check_room(args: AppArgs) -> None:
+    least = args.min_replicas
+    needed = {"CPU": least * (STUDENT_CPUS + PROGRAM_CPUS), "GPU": least * _use_gpu(args)}
+    cluster.check_room(needed, f"serve.replicas.min={least}")
 
 
 def _deployment(kind: Any, args: AppArgs, ongoing: int, resources: dict[str, float]) -> Any:
@@ -119,51 +127,66 @@ def _deployment(kind: Any, args: AppArgs, ongoing: int, resources: dict[str, flo
 
 
 class Server:
-    """A running application."""
+    """A running application.
 
-    def __init__(self, url: str, owns_ray: bool) -> None:
+    Attributes:
+        url: Where it answers.
+    """
+
+    def __init__(self, url: str, started: contextlib.ExitStack) -> None:
         self.url = url
-        self._owns_ray = owns_ray
+        self._started = started
 
     def close(self) -> None:
-        """Stop the application, and Ray as well if it was started for it."""
-        if APP_NAME in ray.serve.status().applications:
-            ray.serve.delete(APP_NAME)
-        if self._owns_ray:
-            ray.shutdown()
+        """Stop the application, and Serve and Ray as well if they were started for it."""
+        self._started.close()
 
 
 def run(args: AppArgs, host: str = "127.0.0.1", port: int = 8000) -> Server:
     """Serve a student; returns once it answers.
 
     Uses the Ray that this process is connected to, else ``RAY_ADDRESS``, else starts one.
+    Whatever ends it before it returns, what it has started is stopped.
 
     Raises:
-        ConfigurationError: The port is taken, or the API key's variable is not set.
+        ConfigurationError: The port is taken, the API key's variable is not set, or the
+            cluster has too few CPUs or GPUs.
         StudentError: The student cannot be loaded or does not come to answer.
     """
     _check_port(host, port)
     _check(args)
-    owns_ray = not ray.is_initialized()
-    if owns_ray:
-        _connect()
-    server = Server(_url(host, port), owns_ray)
-    try:
-        ray.serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port},
-            logging_config=_quiet(),
-        )
-        ray.serve.run(_application(args), name=APP_NAME, route_prefix="/", logging_config=_quiet())
-        _wait_until_healthy(server.url)
-    except (RuntimeError, RayServeException) as error:
-        reason = _reason(error)
-        server.close()
-        raise StudentError(f"{args.student}: cannot be served: {reason}") from error
-    except BaseException:
-        server.close()
-        raise
-    return server
+    url = _url(host, port)
+    with contextlib.ExitStack() as started:
+        if not ray.is_initialized():
+            started.callback(ray.shutdown)
+            cluster.connect()
+        _check_room(args)
+        if not ray.serve.status().proxies:
+            started.callback(_stop_serve)
+        started.callback(_delete)
+        try:
+            ray.serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": host, "port": port},
+                logging_config=_quiet(),
+            )
+            application = _application(args)
+            ray.serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_quiet())
+            _wait_until_healthy(url)
+        except (RuntimeError, RayServeException) as error:
+            raise StudentError(f"{args.student}: cannot be served: {_reason(error)}") from error
+        return Server(url, started.pop_all())
+
+
+def _delete() -> None:
+    if APP_NAME in ray.serve.status().applications:
+        ray.serve.delete(APP_NAME)
+
+
+def _stop_serve() -> None:
+    # Somebody else may have deployed to it since.
+    if not ray.serve.status().applications:
+        ray.serve.shutdown()
 
 
 def _reason(error: BaseException) -> str:
@@ -205,20 +228,6 @@ def _check_port(host: str, port: int) -> None:
             raise ConfigurationError(
                 f"cannot listen on {host}:{port} ({error}). Choose another with --port."
             ) from None
-
-
-def _connect() -> None:
-    # Workers look for the user's program where this process does.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise ConfigurationError(
-            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray answers there ({error}). "
-            "Unset it to start Ray on this machine."
-        ) from error
 
 
 def _quiet() -> LoggingConfig:

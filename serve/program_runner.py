@@ -13,7 +13,7 @@ import dspy
 
 from serve.programs import runs_async
 from serve.schema import Form, input_form, output_form, to_json
-from serve.student import Manifest, load_adapter, load_program
+from serve.student import load_student
 from serve.student_lm import Complete, StudentLM, student_adapter
 
 
@@ -27,13 +27,14 @@ class ProgramRunner:
         name: The name that usage shows for the student.
 
     Raises:
-        StudentError: The program or its adapter cannot be loaded.
+        StudentError: The program or its adapter cannot be loaded, or has changed.
     """
 
     def __init__(self, student_dir: str, complete: Complete, concurrency: int, name: str) -> None:
-        manifest = Manifest.load(student_dir)
-        self._program = load_program(student_dir)
-        self._adapter = student_adapter(load_adapter(manifest))
+        student = load_student(student_dir)
+        manifest = student.manifest
+        self._program = student.program
+        self._adapter = student_adapter(student.adapter)
         self._complete = complete
         self._name = name
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")

@@ -1,18 +1,21 @@
 """The student directory: its manifest, and the program that it answers for.
 
-Owns ``student.json`` and the loading of ``program.json``. The model's files are plain
-Hugging Face and belong to the engines.
+Owns ``student.json`` and the loading of ``program.json``, from a local folder or an fsspec
+URI. The model's files are plain Hugging Face and belong to the engines.
 """
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.errors import StudentError
+from serve.files import read_text
+from serve.folding import Folding
 from serve.programs import build_program, import_object
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ class Manifest(BaseModel):
     base_model: str
     folding: dict[str, Any] | None = None
     """``Folding.to_json()``, or null for a student of full prompts."""
+    grammar: dict[str, str] = {}
+    """Regular expression of each predictor's folded completions; a predictor that is not
+    named answers freely."""
     max_new_tokens: Annotated[int, Field(ge=1)]
     metrics: dict[str, Any] = {}
     fingerprints: dict[str, str] = {}
@@ -59,7 +65,7 @@ class Manifest(BaseModel):
         Raises:
             StudentError: It is missing, or not a manifest of this version.
         """
-        path = Path(student_dir) / MANIFEST
+        path = _within(student_dir, MANIFEST)
         data = _read_json(path)
         found = data.get("format_version")
         if found != 1:
@@ -76,6 +82,30 @@ class Manifest(BaseModel):
             raise StudentError(f"{path}: is not a student's manifest ({wrong}).") from None
 
 
+@dataclass(frozen=True)
+class Student:
+    """What a student directory says and holds, but for the model."""
+
+    manifest: Manifest
+    program: "dspy.Module"
+    adapter: "dspy.Adapter"
+
+
+def load_student(student_dir: str | os.PathLike[str]) -> Student:
+    """Load the program and the adapter, and see that their prompts are still the same.
+
+    Raises:
+        StudentError: Something is missing or damaged, or the prompts are not those that the
+            student was trained on.
+    """
+    manifest = Manifest.load(student_dir)
+    program = load_program(student_dir)
+    # A program may set its adapter when it is imported or built.
+    adapter = load_adapter(manifest)
+    _check_folding(manifest, program, adapter)
+    return Student(manifest, program, adapter)
+
+
 def load_program(student_dir: str | os.PathLike[str]) -> "dspy.Module":
     """Build the student's program and give it the state it was compiled to.
 
@@ -85,10 +115,9 @@ def load_program(student_dir: str | os.PathLike[str]) -> "dspy.Module":
         StudentError: The program does not import, or its predictors are not those that
             the student was made for.
     """
-
     manifest = Manifest.load(student_dir)
     program = build_program(manifest.program)
-    path = Path(student_dir) / PROGRAM
+    path = _within(student_dir, PROGRAM)
     state = {name: _without_lm(value) for name, value in _read_json(path).items()}
     try:
         # The factory may hand out an object that others use as well.
@@ -106,20 +135,47 @@ def load_program(student_dir: str | os.PathLike[str]) -> "dspy.Module":
 
 
 def load_adapter(manifest: Manifest) -> "dspy.Adapter":
-    """The adapter that the student was trained with.
+    """The adapter that the student was trained with: the configured one, if it is of its class.
 
     Raises:
-        StudentError: It does not import, or cannot be made without arguments.
+        StudentError: It does not import, or is not configured and cannot be made without
+            arguments.
     """
+    import dspy
+
+    configured = dspy.settings.adapter
+    if configured is not None and class_path(configured) == manifest.adapter:
+        return configured
     module_name, _, class_name = manifest.adapter.rpartition(".")
     kind = import_object(f"{module_name}:{class_name}", "adapter")
     try:
         return kind()
     except TypeError as error:
         raise StudentError(
-            f"adapter: {manifest.adapter} cannot be made without arguments ({error}). Give its "
-            "arguments defaults."
+            f"adapter: {manifest.adapter} cannot be made without arguments ({error}). Let the "
+            "program set it with dspy.configure(adapter=...), or give its arguments defaults."
         ) from error
+
+
+def class_path(thing: object) -> str:
+    """The import path of an object's class, as the manifest names the adapter's."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _check_folding(manifest: Manifest, program: "dspy.Module", adapter: "dspy.Adapter") -> None:
+    if manifest.folding is None:
+        return
+    predictors = {name: (p.signature, p.demos) for name, p in program.named_predictors()}
+    trained = Folding.from_json(manifest.folding).to_json()["predictors"]
+    found = Folding.learn(predictors, adapter).to_json()["predictors"]
+    changed = [name for name in {**trained, **found} if trained.get(name) != found.get(name)]
+    if changed:
+        raise StudentError(
+            f"{manifest.program}: the prompts of {', '.join(changed)} are not those that the "
+            f"student was trained on. The program, its adapter ({manifest.adapter}) or DSPy "
+            f"(then {manifest.versions.get('dspy', 'unknown')}) has changed since: restore it, "
+            "or train the student again."
+        )
 
 
 def _without_lm(state: Any) -> Any:
@@ -127,15 +183,20 @@ def _without_lm(state: Any) -> Any:
     return state | {"lm": None} if isinstance(state, dict) and "lm" in state else state
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _within(student_dir: str | os.PathLike[str], name: str) -> str:
+    return f"{os.fspath(student_dir).rstrip('/')}/{name}"
+
+
+def _read_json(path: str) -> Mapping[str, Any]:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(read_text(path))
     except FileNotFoundError:
         raise StudentError(
             f"{path}: no such file; expected a student directory. Run `raydistill run` first."
         ) from None
-    except (OSError, ValueError) as error:
-        raise StudentError(f"{path}: cannot be read as JSON ({error}).") from None
+    # Each remote filesystem raises errors of its own.
+    except Exception as error:
+        raise StudentError(f"{path}: cannot be read as JSON ({error}).") from error
     if not isinstance(data, dict):
         raise StudentError(f"{path}: expected a JSON object, found {type(data).__name__}.")
     return data

@@ -31,7 +31,8 @@ class StudentLM(dspy.BaseLM):
     def __init__(
         self, complete: Complete, loop: asyncio.AbstractEventLoop, model: str = "student"
     ) -> None:
-        super().__init__(model=model, cache=False)
+        # Some versions of DSPy have limits of their own; the student's is in its manifest.
+        super().__init__(model=model, cache=False, temperature=None, max_tokens=None)
         self.num_retries = 0
         self._complete = complete
         self._loop = loop
@@ -45,7 +46,16 @@ class StudentLM(dspy.BaseLM):
     def forward(
         self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **kwargs: Any
     ) -> Any:
-        """Answer from another thread than the loop's, blocking it."""
+        """Answer from another thread than the loop's, blocking it.
+
+        Raises:
+            RuntimeError: This is the loop's own thread, which would wait for itself.
+        """
+        if asyncio._get_running_loop() is self._loop:
+            raise RuntimeError(
+                "a predictor was called synchronously from aforward, where it would wait for "
+                "itself for ever. Write `await self.predictor.acall(...)` there."
+            )
         answer = self._answer(prompt, messages, kwargs)
         return asyncio.run_coroutine_threadsafe(answer, self._loop).result()
 
@@ -61,7 +71,8 @@ class StudentLM(dspy.BaseLM):
     async def _answer(
         self, prompt: str | None, messages: list[dict[str, Any]] | None, kwargs: dict[str, Any]
     ) -> Any:
-        options = {**self.kwargs, **kwargs}
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        options = {**self.kwargs, **given}
         request = ChatRequest(
             messages=messages or [{"role": "user", "content": prompt}],
             max_tokens=options.get("max_tokens"),

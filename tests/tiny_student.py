@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from serve.folding import Folding
+from serve.patterns import completion_pattern
 from serve.programs import describe_signature
-from serve.student import Manifest
+from serve.student import Manifest, class_path
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>"
@@ -51,6 +52,17 @@ class AsyncDesk(Desk):
         return await self.triage.acall(text=text)
 
 
+class HeadedAdapter(dspy.ChatAdapter):
+    """An adapter with an argument that shows in its prompts."""
+
+    def __init__(self, heading: str = "no heading") -> None:
+        super().__init__()
+        self.heading = heading
+
+    def format_task_description(self, signature: Any) -> str:
+        return f"{self.heading}\n{super().format_task_description(signature)}"
+
+
 ROWS = [
     ("the invoice is wrong", "billing", False),
     ("nothing works, help now", "tech", True),
@@ -70,9 +82,20 @@ def build_async() -> dspy.Module:
     return AsyncDesk()
 
 
-def make_student(folder: Path, factory: str = "tests.tiny_student:build", epochs: int = 80) -> Path:
+def build_headed() -> dspy.Module:
+    """A factory that sets its adapter, as a program may."""
+    dspy.configure(adapter=HeadedAdapter("The desk's program"))
+    return Desk()
+
+
+def make_student(
+    folder: Path,
+    factory: str = "tests.tiny_student:build",
+    epochs: int = 80,
+    adapter: dspy.Adapter | None = None,
+) -> Path:
     """Write a whole student directory and return it; without epochs it has learned nothing."""
-    adapter = dspy.ChatAdapter()
+    adapter = adapter or dspy.ChatAdapter()
     folding = Folding.learn({"triage": (Triage, [])}, adapter)
     rows = [folding.fold_row(_row(adapter, *row)) for row in ROWS]
     chats = [row.messages for row in rows if row is not None]
@@ -80,20 +103,22 @@ def make_student(folder: Path, factory: str = "tests.tiny_student:build", epochs
     _model(tokenizer, chats, epochs).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     build().save(str(folder / "program.json"))
-    manifest(folding, factory).save(folder)
+    manifest(folding, factory, adapter).save(folder)
     return folder
 
 
-def manifest(folding: Folding, factory: str) -> Manifest:
+def manifest(folding: Folding, factory: str, adapter: dspy.Adapter | None = None) -> Manifest:
     """The manifest of the tiny student."""
+    adapter = adapter or dspy.ChatAdapter()
     return Manifest(
         program=factory,
         inputs=["text"],
         outputs=["team", "urgent"],
         predictors={"triage": describe_signature(Triage)},
-        adapter="dspy.adapters.chat_adapter.ChatAdapter",
+        adapter=class_path(adapter),
         base_model="scratch",
         folding=folding.to_json(),
+        grammar={"triage": completion_pattern(Triage, adapter, folding, "triage")},
         max_new_tokens=12,
         created="2026-01-01T00:00:00+00:00",
     )

@@ -39,18 +39,20 @@ def teacher_lm(settings: dict[str, Any]) -> LmSpec:
     )
 
 
-def student_lm(model: str, identity: Any, num_gpus: float) -> LmSpec:
+def student_lm(model: str, identity: Any, num_gpus: float, teacher: LmSpec) -> LmSpec:
     """A student or base model, answering in the actor's own process.
 
     Args:
         model: A student directory, or a Hugging Face directory or id.
         identity: What names the model.
         num_gpus: GPUs of one actor; 0 runs it on one CPU.
+        teacher: Judges, where the metric asks an LM: a student must not judge itself.
     """
     return LmSpec(
         make=functools.partial(_make_student_lm, model, num_threads=None if num_gpus else 1),
         identity={"student": identity},
         override_lms=True,
+        judge=teacher.make,
         num_gpus=num_gpus,
     )
 
@@ -62,12 +64,21 @@ def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
         One result per example, in their order; equal examples share an answer.
     """
     collect(job, on_progress)
-    keys = job.keys()
-    by_id = {
-        example_id(keys[key]): with_current_score(trace, keys[key], job.task)
-        for key, trace in job.store.latest(keys).items()
-    }
+    traces = scored_traces(job)
+    by_id = {trace.example_id: trace for trace in traces}
     return [_result(by_id[example_id(example)], example) for example in job.examples]
+
+
+def scored_traces(job: Collection) -> list[Trace]:
+    """The traces that the store holds for a job, scored by its metric as it is now."""
+    keys = job.keys()
+    found = job.store.latest(keys)
+    judge = (job.lm.judge or job.lm.make)()
+    return [
+        with_current_score(found[key], example, job.task, judge)
+        for key, example in keys.items()
+        if key in found
+    ]
 
 
 def for_student(task: Task) -> Task:

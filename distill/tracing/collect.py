@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from distill.datasets import distinct
 from distill.programs import Task, fingerprint, program_fingerprint
-from distill.tracing.limits import Counts, Limits, StopReason, explain, should_stop
+from distill.tracing.limits import Counts, Limits, StopReason, explain, should_stop, too_many_failed
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import Failure, FailureKind, Trace
 from distill.tracing.tracer import Tracer
@@ -41,12 +41,14 @@ class LmSpec:
         make: Called once in each actor, inside its event loop.
         identity: JSON values; a change of them makes a trace a different one.
         override_lms: Whether it takes the place of predictors' own LMs.
+        judge: Makes the LM that a metric finds as ``dspy.settings.lm``; None is the same.
         num_cpus, num_gpus: What one actor of it asks Ray for.
     """
 
     make: Callable[[], dspy.BaseLM]
     identity: Any
     override_lms: bool = False
+    judge: Callable[[], dspy.BaseLM] | None = None
     num_cpus: float = 1
     num_gpus: float = 0
 
@@ -96,12 +98,12 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
         BudgetExceeded: The budget is used up.
         TracingError: Too much failed, the teacher cannot be used, or actors keep dying.
     """
-    keys = job.keys()
-    counts, todo = _resume(job, keys)
-    on_progress(counts, 0, len(keys))
+    examples = job.keys()
+    counts, todo = _resume(job, examples)
+    on_progress(counts, 0, len(examples))
     if not todo:
         return
-    dispatcher = _Dispatcher(job, counts, todo, len(keys), on_progress)
+    dispatcher = _Dispatcher(job, examples, counts, todo, on_progress)
     with _actors(job) as actors:
         stopped = dispatcher.run(actors)
     if stopped is StopReason.BUDGET:
@@ -110,16 +112,23 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
         raise TracingError(explain(stopped, counts, job.limits))
 
 
-def _resume(job: Collection, keys: Mapping[str, Any]) -> tuple[Counts, deque[str]]:
-    done = job.store.latest(keys)
+def _resume(job: Collection, examples: Mapping[str, Any]) -> tuple[Counts, deque[str]]:
+    """What is done, and which examples are to do: the new ones and failures worth a retry."""
+    done = job.store.latest(examples)
+    failures = [trace for trace in done.values() if trace.failure]
+    # A run that failures stopped is started again because their cause was mended.
+    retry_all = too_many_failed(len(failures), len(done), job.limits, len(examples))
+    repeat = {trace.key for trace in failures if retry_all or _is_passing(trace)}
     counts = Counts()
     for trace in done.values():
-        if not _worth_repeating(trace):
+        if trace.key not in repeat:
             counts.add(trace.failure, trace.usage.cost_usd)
-    return counts, deque(key for key in keys if key not in done or _worth_repeating(done[key]))
+        else:
+            counts.cost_usd += trace.usage.cost_usd or 0.0
+    return counts, deque(key for key in examples if key not in done or key in repeat)
 
 
-def _worth_repeating(trace: Trace) -> bool:
+def _is_passing(trace: Trace) -> bool:
     # The teacher could not be reached then; a program that raised will raise again.
     return trace.failure is not None and trace.failure.kind is FailureKind.TEACHER
 
@@ -130,13 +139,13 @@ class _Dispatcher:
     def __init__(
         self,
         job: Collection,
+        examples: Mapping[str, dspy.Example],
         counts: Counts,
         todo: deque[str],
-        total: int,
         on_progress: OnProgress,
     ) -> None:
-        self._job, self._counts, self._todo, self._total = job, counts, todo, total
-        self._examples = job.keys()
+        self._job, self._examples = job, examples
+        self._counts, self._todo = counts, todo
         self._on_progress = on_progress
         self._calls = 0
         self._lost = 0
@@ -154,11 +163,11 @@ class _Dispatcher:
             if self._flights:
                 idle.extend(self._land())
             stopped = stopped or self._limit()
-            self._on_progress(self._counts, self._calls, self._total)
+            self._on_progress(self._counts, self._calls, len(self._examples))
         return stopped
 
     def _limit(self) -> StopReason | None:
-        return should_stop(self._counts, self._job.limits, len(self._flights), self._total)
+        return should_stop(self._counts, self._job.limits, len(self._flights), len(self._examples))
 
     def _launch(self, key: str, actor: Any) -> None:
         self._flights[actor.trace.remote(key, self._examples[key])] = (key, actor)
@@ -201,9 +210,7 @@ class _Dispatcher:
 
 @contextlib.contextmanager
 def _actors(job: Collection) -> Iterator[list[Any]]:
-    payload = cloudpickle.dumps(
-        (job.task.dumps(), job.lm.make, job.lm.override_lms, job.concurrency, job.store.uri)
-    )
+    payload = cloudpickle.dumps((job.task.dumps(), job.lm, job.concurrency, job.store.uri))
     remote = ray.remote(TraceActor).options(
         num_cpus=job.lm.num_cpus,
         num_gpus=job.lm.num_gpus,
@@ -240,10 +247,14 @@ class TraceActor:
 
     def _set_up(self) -> None:
         # Not in __init__, which runs outside the event loop that an LM may need.
-        task, make_lm, override_lms, concurrency, uri = cloudpickle.loads(self._payload)
+        task, spec, concurrency, uri = cloudpickle.loads(self._payload)
         self._writer = TraceStore(uri).writer()
         self._tracer = Tracer(
-            cloudpickle.loads(task), make_lm(), concurrency=concurrency, override_lms=override_lms
+            cloudpickle.loads(task),
+            spec.make(),
+            judge=spec.judge() if spec.judge else None,
+            concurrency=concurrency,
+            override_lms=spec.override_lms,
         )
 
     async def _commit(self, trace: Trace) -> None:

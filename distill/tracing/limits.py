@@ -35,10 +35,17 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of a run. ``max_failure_rate`` is a share; None is no bound."""
+    """The bounds of a run.
+
+    Attributes:
+        max_failure_rate: A share of the examples.
+        budget_usd: For all that the run spends; None is no bound.
+        spent_usd: What other jobs of the run have spent of it.
+    """
 
     max_failure_rate: float = 1.0
     budget_usd: float | None = None
+    spent_usd: float = 0.0
 
 
 @dataclass
@@ -82,17 +89,20 @@ def should_stop(counts: Counts, limits: Limits, in_flight: int, total: int) -> S
     """
     if any(kind is FailureKind.TEACHER and name in HOPELESS for kind, name in counts.reasons):
         return StopReason.HOPELESS
-    # A few early failures say little; too many to be made good say enough.
-    enough = counts.finished >= min(MIN_SAMPLE, total)
-    if enough and counts.failed > limits.max_failure_rate * counts.finished:
+    if too_many_failed(counts.failed, counts.finished, limits, total):
         return StopReason.FAILURES
     if limits.budget_usd is not None and counts.unpriced:
         return StopReason.UNPRICED
-    if limits.budget_usd is not None and counts.finished:
-        expected = counts.cost_usd / counts.finished * (in_flight + 1)
-        if counts.cost_usd + expected > limits.budget_usd:
+    if limits.budget_usd is not None:
+        expected = counts.cost_usd / max(counts.finished, 1) * (in_flight + 1)
+        if limits.spent_usd + counts.cost_usd + expected >= limits.budget_usd:
             return StopReason.BUDGET
     return None
+
+
+def too_many_failed(failed: int, finished: int, limits: Limits, total: int) -> bool:
+    """Whether so many failed that going on makes no sense; a few early ones say little."""
+    return finished >= min(MIN_SAMPLE, total) and failed > limits.max_failure_rate * finished
 
 
 def explain(reason: StopReason, counts: Counts, limits: Limits) -> str:
@@ -111,8 +121,9 @@ def explain(reason: StopReason, counts: Counts, limits: Limits) -> str:
             "budget, or choose a model that DSPy knows the price of."
         )
     return (
-        f"Stopped at ${counts.cost_usd:.4f} of trace.budget_usd={limits.budget_usd}. What was "
-        "traced is kept; raise the budget and run the same command again to go on."
+        f"Stopped at ${limits.spent_usd + counts.cost_usd:.4f} of "
+        f"trace.budget_usd={limits.budget_usd}. What was traced is kept; raise the budget and run "
+        "the same command again to go on."
     )
 
 

@@ -77,7 +77,8 @@ class SegmentWriter:
 
     def append(self, traces: Iterable[Mapping[str, Any]]) -> None:
         """Write JSON forms of traces; they are durable when this returns."""
-        data = "".join(json.dumps(trace, ensure_ascii=False) + "\n" for trace in traces).encode()
+        # As ASCII: a reply may hold half of a surrogate pair, which UTF-8 cannot.
+        data = "".join(json.dumps(trace) + "\n" for trace in traces).encode()
         if self._local:
             self._append_local(data)
         else:

@@ -113,7 +113,8 @@ def passes(score: Score | None, threshold: float | None) -> bool:
 
 
 def total_usage(usages: Sequence[Usage]) -> Usage:
-    """Sums; a sum with an unknown part is unknown."""
+    """Sums; a sum with an unknown part is unknown. What made no call adds nothing."""
+    usages = [usage for usage in usages if usage.calls]
 
     def total(values: Sequence[Any]) -> Any:
         return None if not values or None in values else sum(values)

@@ -33,6 +33,8 @@ from serve.programs import runs_async
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
+ENTRIES = "raydistill_entries"
+"""Key in DSPy's settings, which follow a program into its threads."""
 
 
 @dataclass
@@ -52,20 +54,28 @@ class Tracer:
     Args:
         task: Program, adapter and metric.
         lm: The LM that answers; predictors with an LM of their own keep it.
-        override_lms: Put ``lm`` in the place of the predictors' own LMs as well.
         concurrency: Examples in flight.
+        override_lms: Put ``lm`` in the place of the predictors' own LMs as well.
+        judge: The LM that the metric may ask; None is ``lm``.
     """
 
     def __init__(
-        self, task: Task, lm: dspy.BaseLM, *, concurrency: int, override_lms: bool = False
+        self,
+        task: Task,
+        lm: dspy.BaseLM,
+        *,
+        concurrency: int,
+        override_lms: bool = False,
+        judge: dspy.BaseLM | None = None,
     ) -> None:
         self._task = task
-        self._lm = lm
+        self._lm = _metered(lm)
+        self._judge = judge or lm
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")
         self._metric = metric_fingerprint(task.metric) if task.metric else None
-        if override_lms:
-            task.program.set_lm(None)
         named = task.program.named_predictors()
+        for _, predictor in named:
+            predictor.lm = None if override_lms or not predictor.lm else _metered(predictor.lm)
         self._by_identity = {id(predictor): name for name, predictor in named}
         self._by_stage = _unique((predictor.stage, name) for name, predictor in named)
 
@@ -94,14 +104,14 @@ class Tracer:
 
     @contextlib.contextmanager
     def _context(self, run: _Run) -> Iterator[None]:
-        # A copy of the LM per run: its history is then this example's alone. Overriding
-        # update_history keeps DSPy's process-wide histories from growing with the run.
-        lm = self._lm.copy()
-        lm.update_history = run.entries.append
         start = time.perf_counter()
         try:
             with dspy.context(
-                lm=lm, adapter=self._task.adapter, trace=run.steps, max_trace_size=MAX_TRACE_STEPS
+                lm=self._lm,
+                adapter=self._task.adapter,
+                trace=run.steps,
+                max_trace_size=MAX_TRACE_STEPS,
+                **{ENTRIES: run.entries},
             ):
                 yield
         except Exception as error:
@@ -124,7 +134,7 @@ class Tracer:
 
         def score() -> Score:
             # The metric may ask an LM of its own, but must not add steps to the trace.
-            with dspy.context(lm=self._lm, adapter=self._task.adapter, trace=None):
+            with dspy.context(lm=self._judge, adapter=self._task.adapter, trace=None):
                 return score_prediction(metric, self._metric or "", example, run.prediction)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
@@ -150,10 +160,12 @@ def score_prediction(
     return Score(identity, value)
 
 
-def with_current_score(trace: Trace, example: dspy.Example, task: Task) -> Trace:
+def with_current_score(
+    trace: Trace, example: dspy.Example, task: Task, judge: dspy.BaseLM
+) -> Trace:
     """The trace, scored anew if its score is not by the task's metric as it is now.
 
-    A changed metric changes what is kept, not what the teacher said, so it costs no calls.
+    A changed metric changes what is kept, not what the teacher said: the program is not run.
     """
     identity = metric_fingerprint(task.metric) if task.metric else None
     if trace.prediction is None or identity == (trace.score and trace.score.metric):
@@ -161,9 +173,25 @@ def with_current_score(trace: Trace, example: dspy.Example, task: Task) -> Trace
     if task.metric is None or identity is None:
         return dataclasses.replace(trace, score=None)
     prediction = revive_prediction(trace.prediction, task.program)
-    with dspy.context(adapter=task.adapter, trace=None):
+    with dspy.context(lm=judge, adapter=task.adapter, trace=None):
         score = score_prediction(task.metric, identity, example, prediction)
     return dataclasses.replace(trace, score=score)
+
+
+def _metered(lm: dspy.BaseLM) -> dspy.BaseLM:
+    """A copy that records its calls with the example they are for.
+
+    Overriding ``update_history`` also keeps DSPy's process-wide histories from growing.
+    """
+    metered = lm.copy()
+    metered.update_history = _record
+    return metered
+
+
+def _record(entry: dict[str, Any]) -> None:
+    entries = dspy.settings.get(ENTRIES)
+    if entries is not None:
+        entries.append(entry)
 
 
 def _unique(pairs: Any) -> dict[str, str]:

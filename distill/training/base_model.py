@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import jinja2
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,12 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distill.config import ScratchConfig
+from distill.config import SCRATCH, ScratchConfig
 from distill.rundir import local_folder
 from distill.training.encoding import Conversation, encode, end_of_turn_id
 from serve.errors import ConfigurationError, TrainingError
-
-SCRATCH = "scratch"
 
 # The signs that folded prompts are joined with are tokens of their own.
 _SIGNS = "¦¬"
@@ -86,7 +86,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise _not_loadable(model, error) from error
     if not tokenizer.is_fast:
         raise ConfigurationError(
@@ -116,8 +116,12 @@ def local_base(model: str) -> Iterator[str]:
         yield str(folder)
 
 
-def check_base_model(model: str) -> None:
+def check_base_model(model: str, prompts: Sequence[Conversation] = ()) -> None:
     """See that a student can start from this, without loading its weights.
+
+    Args:
+        model: Hugging Face directory or id.
+        prompts: Prompts that its chat template has to render.
 
     Raises:
         ConfigurationError: It cannot.
@@ -125,16 +129,30 @@ def check_base_model(model: str) -> None:
     if model == SCRATCH:
         return
     try:
-        AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         raise _not_loadable(model, error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigurationError(
+            f"student.model={model} is a {config.model_type}, not a causal language model. "
+            "Use one that generates text from left to right."
+        )
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ConfigurationError(
             f"student.model={model}: the folder has no *.safetensors file; other formats of "
             "weights can run code and are not read. Save it again with save_pretrained()."
         )
-    end_of_turn_id(load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    end_of_turn_id(tokenizer)
+    for messages in prompts:
+        try:
+            tokenizer.apply_chat_template(list(messages), tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"student.model={model}: its chat template does not take the program's prompts "
+                f"({error}). Use student.prompt=folded, or another model."
+            ) from error
 
 
 def max_positions(model: str) -> int | None:

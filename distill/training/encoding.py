@@ -74,12 +74,23 @@ def _encode_each(
             for prompt, messages in zip(prompts, some, strict=True)
         ]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        for prompt, ids, spans in zip(
-            prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        for prompt, text, ids, spans in zip(
+            prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            # Tokenising the prompt alone could cut it elsewhere than within the whole.
+            if any(start < len(prompt) < stop for start, stop in spans):
+                # Generation starts from the whole prompt's own tokens: none may straddle.
+                yield _encode_apart(prompt, text[len(prompt) :], tokenizer)
+                continue
             mask = np.array([stop > len(prompt) for _, stop in spans], dtype=np.bool_)
             yield np.array(ids, dtype=np.int32), mask
+
+
+def _encode_apart(prompt: str, answer: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    before, after = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)
+    )
+    mask = np.repeat([False, True], [len(before), len(after)])
+    return np.array([*before, *after], dtype=np.int32), mask
 
 
 def _render_prompt(messages: Conversation, tokenizer: Any) -> str:

@@ -19,10 +19,9 @@ import ray.train
 import ray.train.torch
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from distill.config import StudentConfig, TrainConfig
+from distill.config import SCRATCH, StudentConfig, TrainConfig
 from distill.rundir import RunDir
 from distill.training.base_model import (
-    SCRATCH,
     load_tokenizer,
     local_base,
     make_scratch,
@@ -39,6 +38,7 @@ from serve.errors import DistillError, TrainingError
 logger = logging.getLogger(__name__)
 
 _BASE = "base"
+_SEAL = "config.json"
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _prepare(
     conversations, held_out = read_rows(train_rows), read_rows(val_rows)
     base = student.model
     if base == SCRATCH:
-        if not run.exists(_BASE):
-            with run.replacing(_BASE) as folder:
+        if not run.exists(f"{_BASE}/{_SEAL}"):
+            with run.replacing(_BASE, seal=_SEAL) as folder:
                 make_scratch(
                     folder,
                     conversations,

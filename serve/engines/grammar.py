@@ -1,7 +1,7 @@
 """Decoding under a grammar: at each step, only tokens that keep an answer valid.
 
 The grammars are compiled and followed by llguidance; here they meet the decode loop of
-transformers. What is valid is said in ``serve.patterns``.
+transformers. What is valid is said in the manifest, by ``serve.patterns``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import transformers
 
+from serve.errors import StudentError
+
 
 class Grammars:
     """The grammars of a student's predictors, compiled for its tokenizer.
@@ -21,6 +23,9 @@ class Grammars:
         tokenizer: A fast Hugging Face tokenizer.
         eos: Tokens that end an answer.
         patterns: Regular expression of each predictor's answers.
+
+    Raises:
+        StudentError: A pattern cannot be compiled.
     """
 
     def __init__(self, tokenizer: Any, eos: Sequence[int], patterns: Mapping[str, str]) -> None:
@@ -77,5 +82,8 @@ class _Follow(transformers.LogitsProcessor):
 def _compile(tokenizer: Any, pattern: str) -> llguidance.LLMatcher:
     matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_regex(pattern))
     if matcher.is_error():
-        raise ValueError(f"{pattern}: {matcher.get_error()}")
+        raise StudentError(
+            f"student.json: grammar: {pattern!r} is no pattern that can be decoded under "
+            f"({matcher.get_error()}). Make the student again."
+        )
     return matcher

@@ -18,9 +18,9 @@ import transformers
 from serve.engines.base import ChatRequest, ChatResult, RequestError
 from serve.engines.batches import plan_batches
 from serve.engines.grammar import Grammars
+from serve.engines.prompts import encode_prompt
 from serve.errors import StudentError
 from serve.folding import Folding
-from serve.patterns import completion_pattern
 from serve.student import MANIFEST, Manifest
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class TransformersEngine:
         self._model.generation_config = transformers.GenerationConfig(
             eos_token_id=self._eos, pad_token_id=self._pad
         )
-        self._grammars = Grammars(self._tokenizer, self._eos, _patterns(manifest))
+        self._grammars = Grammars(self._tokenizer, self._eos, manifest.grammar if manifest else {})
         limit = self._model.config.get_text_config().max_position_embeddings
         self._max_positions: int = limit or self._tokenizer.model_max_length
 
@@ -106,14 +106,11 @@ class TransformersEngine:
         folded = self._folding.fold_prompt(request.messages) if self._folding else None
         messages = folded.messages if folded else list(request.messages)
         try:
-            encoding = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            ids = encode_prompt(self._tokenizer, messages)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RequestError(
                 f"the student's chat template does not take these messages: {error}"
             ) from error
-        ids = encoding["input_ids"]
         if not ids:
             raise RequestError("these messages come to no text at all.")
         room = self._max_positions - len(ids)
@@ -164,15 +161,6 @@ class TransformersEngine:
             completion_tokens=len(ids),
             folded=prompt.predictor is not None,
         )
-
-
-def _patterns(manifest: Manifest | None) -> dict[str, str]:
-    if manifest is None or not manifest.folding:
-        return {}
-    return {
-        name: completion_pattern(described["outputs"])
-        for name, described in manifest.predictors.items()
-    }
 
 
 def _load(

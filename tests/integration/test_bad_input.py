@@ -44,7 +44,7 @@ def folder(tmp_path, teacher):
         ("program=tests.programs:nope", "has no 'nope'"),
         ("program=tests.programs:build_unpicklable", "program.lock (lock)"),
         ("metric=tests.programs:not_callable", "expected a function"),
-        ("student.model={}/base", "no config.json"),
+        ("student.model={}/base", "cannot be loaded"),
         ("teacher.lm.api_key=sk-secret", "environment"),
         ("teacher.lm.num_retries=-1", "not what dspy.LM takes"),
         ("storage=nope://bucket", "storage"),

@@ -95,6 +95,15 @@ def test_running_it_again_repeats_nothing(finished):
     assert read(folder.run_dir / "student" / "student.json") == manifest
 
 
+def test_evaluating_another_student_than_the_configurations_is_refused(finished):
+    folder, teacher, _ = finished
+    before = teacher.calls
+    process = folder.raydistill("evaluate", "train.learning_rate=0.5")
+    assert process.returncode == 1, process.stdout
+    assert "Run raydistill train first" in process.stdout
+    assert teacher.calls == before
+
+
 def test_the_report_command_rebuilds_the_page(finished):
     folder, _, _ = finished
     page = folder.run_dir / "report.html"

@@ -6,6 +6,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from distill.export import app_args
+from distill.rundir import RunDir
+from serve import cluster
 from serve.app import AppArgs, build, run, serve_yaml
 from serve.errors import ConfigurationError, StudentError
 
@@ -32,3 +35,30 @@ def test_the_yaml_is_one_that_serve_deploy_takes(tmp_path):
     assert application.import_path == "serve.app:build"
     assert AppArgs.model_validate(application.args) == args
     assert (config.http_options.host, config.http_options.port) == ("127.0.0.1", 8123)
+
+
+def test_more_replicas_than_the_cluster_has_room_for_are_told(monkeypatch):
+    found = {"CPU": 4.0, "GPU": 1.0}
+    monkeypatch.setattr(cluster, "capacity", found.get)
+    cluster.check_room({"CPU": 4, "GPU": 1}, "serve.replicas.min=2")
+    with pytest.raises(
+        ConfigurationError, match=r"replicas\.min=3 needs 4\.5 CPUs.* has 4\. Lower"
+    ):
+        cluster.check_room({"CPU": 4.5, "GPU": 0}, "serve.replicas.min=3")
+    with pytest.raises(ConfigurationError, match=r"needs 2 GPUs; the cluster has 1\."):
+        cluster.check_room({"CPU": 3, "GPU": 2}, "serve.replicas.min=2")
+
+
+def test_a_folder_that_is_no_run_directory_is_told(tmp_path):
+    directory = RunDir(str(tmp_path))
+    with pytest.raises(ConfigurationError, match="no config.json"):
+        app_args(directory)
+    for text, message in (
+        ("not json", "is not JSON"),
+        ("[]", "no section serve"),
+        ('{"serve": {"replicas": {"min": 0}}}', r"serve\.replicas\.min: "),
+        ('{"serve": {}}', "holds no student"),
+    ):
+        directory.write_text("config.json", text)
+        with pytest.raises(ConfigurationError, match=message):
+            app_args(directory)

@@ -101,6 +101,38 @@ def test_a_wrong_value_is_named_with_the_remedy(write, changes, said):
     assert "sk-1" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"api_key": "sk-1"},
+        {"aws_secret_access_key": "sk-1"},
+        {"hf_token": "sk-1"},
+        {"extra_headers": {"Authorization": "Bearer sk-1"}},
+        {"extra_headers": {"x-api-key": "sk-1"}},
+        {"api_base": "https://me:sk-1@host/v1"},
+    ],
+)
+def test_no_secret_gets_into_a_configuration(write, extra):
+    with pytest.raises(ConfigurationError, match="environment") as caught:
+        load_config(write({"teacher": {"lm": {"model": "m", **extra}}}))
+    assert "sk-1" not in str(caught.value)
+
+
+def test_settings_that_only_sound_like_secrets_are_taken(write):
+    settings = {"model": "m", "max_tokens": 9, "max_completion_tokens": 9, "api_base": "http://h:1"}
+    assert load_config(write({"teacher": {"lm": settings}})).teacher.lm == settings
+
+
+def test_paths_in_an_overridden_section_are_relative_to_the_working_directory(
+    write, tmp_path, monkeypatch
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = load_config(write(), ["data={train: a.csv, test: b.csv, inputs: [text]}"])
+    assert config.data.train == str(elsewhere / "a.csv")
+
+
 def test_every_mistake_is_said_at_once(write):
     with pytest.raises(ConfigurationError) as caught:
         load_config(write({"trian": {}, "trace": {"actors": 0}}))

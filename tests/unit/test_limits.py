@@ -62,3 +62,8 @@ def test_the_most_common_failure_is_said_first_and_in_one_line():
     counted = counts(5, 3)
     counted.add(Failure(FailureKind.PARSE, "AdapterParseError", "no header"), None)
     assert counted.worst() == "3 x ValueError: it broke; 1 x AdapterParseError: no header"
+
+
+def test_what_other_jobs_spent_counts_before_the_first_call():
+    assert should_stop(Counts(), Limits(budget_usd=1.0, spent_usd=1.0), 0, 9) is StopReason.BUDGET
+    assert should_stop(Counts(), Limits(budget_usd=1.0, spent_usd=0.5), 0, 9) is None

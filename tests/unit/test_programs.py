@@ -1,6 +1,7 @@
 """Programs: imported, described and fingerprinted; what cannot work is named."""
 
 import copy
+import functools
 
 import dspy
 import pytest
@@ -92,6 +93,57 @@ def test_a_fingerprint_changes_with_instructions_demos_types_and_code():
     wider.judge.signature = wider.judge.signature.with_updated_fields("mood", type_=str)
     variants = [base, told, shown, Other(), wider, dspy.Predict(programs.Sentiment)]
     assert len({program_fingerprint(task(program)) for program in variants}) == len(variants)
+
+
+def test_a_fingerprint_changes_with_what_modules_hold_and_with_their_lms():
+    told = programs.TwoSteps()
+    told.judge.lm = dspy.LM("openai/judge")
+    variants = [
+        programs.Retrieving(),
+        programs.Retrieving(("another",)),
+        programs.TwoSteps(),
+        told,
+    ]
+    assert len({program_fingerprint(task(program)) for program in variants}) == len(variants)
+
+
+def test_a_fingerprint_holds_no_address():
+    class Holder(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.client = object()
+            self.judge = dspy.Predict(programs.Sentiment)
+
+    def make():
+        adapter = dspy.TwoStepAdapter(dspy.LM("openai/extract"))
+        return Task(Holder(), adapter, functools.partial(programs.right_mood, trace=[object()]))
+
+    one, other = make(), make()
+    assert program_fingerprint(one) == program_fingerprint(other)
+    assert metric_fingerprint(one.metric) == metric_fingerprint(other.metric)
+
+
+class Base(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.judge = dspy.Predict(programs.Sentiment)
+
+    def forward(self, text):
+        return self.judge(text=text)
+
+
+class OtherBase(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.judge = dspy.Predict(programs.Sentiment)
+
+    def forward(self, text):
+        return self.judge(text=text.lower())
+
+
+def test_the_code_of_base_classes_counts():
+    one, other = (type("Program", (base,), {})() for base in (Base, OtherBase))
+    assert program_fingerprint(task(one)) != program_fingerprint(task(other))
 
 
 class Plain:

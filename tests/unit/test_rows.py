@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import TraceConfig
-from distill.rows import count_rejections, keep, learn_folding, render_rows
+from distill.rows import check_renderable, count_rejections, keep, learn_folding, render_rows
 from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage
 from distill.tracing.values import allows_none, jsonable, revive, revive_prediction
+from serve.errors import ConfigurationError
 from tests import programs
 
 
@@ -89,6 +90,16 @@ def test_an_adapter_that_raises_costs_the_row_not_the_run():
     rows, counts = render_rows([trace([judged()])], programs.TwoSteps(), Fragile(), None)
     assert rows == []
     assert sum(counts.unrenderable.values()) == 1
+
+
+def test_an_adapter_that_cannot_write_answers_is_refused_before_any_call():
+    class Mute(dspy.ChatAdapter):
+        def format_assistant_message_content(self, signature, outputs, **kwargs):
+            raise NotImplementedError
+
+    with pytest.raises(ConfigurationError, match="Mute cannot write the answers of answer"):
+        check_renderable(programs.TwoSteps(), Mute())
+    assert len(check_renderable(programs.TwoSteps(), dspy.ChatAdapter())) == 2
 
 
 def test_demos_are_part_of_the_prompt_and_fold_away():

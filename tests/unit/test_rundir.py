@@ -26,17 +26,17 @@ def test_json_comes_back_and_what_is_missing_is_none(directory):
 
 def test_a_folder_is_replaced_whole(directory):
     for content in ("old", "new"):
-        with directory.replacing("student") as folder:
+        with directory.replacing("student", seal="new.txt") as folder:
             (folder / f"{content}.txt").write_text(content)
     with local_folder(directory.join("student")) as folder:
         assert [path.name for path in folder.iterdir()] == ["new.txt"]
 
 
 def test_a_folder_that_fails_while_it_is_filled_leaves_the_old_one(directory):
-    with directory.replacing("student") as folder:
+    with directory.replacing("student", seal="new.txt") as folder:
         (folder / "a.txt").write_text("kept")
 
-    with pytest.raises(FileNotFoundError), directory.replacing("student") as folder:
+    with pytest.raises(FileNotFoundError), directory.replacing("student", seal="new.txt") as folder:
         (folder / "b.txt").write_text((folder / "none.txt").read_text())
     with local_folder(directory.join("student")) as folder:
         assert [path.name for path in folder.iterdir()] == ["a.txt"]

@@ -4,14 +4,17 @@ import asyncio
 import json
 import subprocess
 import sys
+from typing import Literal
 
 import dspy
+import fsspec
 import pytest
 
 from serve.engines.base import ChatResult
 from serve.errors import ConfigurationError, StudentError
+from serve.files import absolute, local_folder
 from serve.folding import Folding
-from serve.student import Manifest, load_adapter, load_program
+from serve.student import Manifest, load_adapter, load_program, load_student
 from serve.student_lm import StudentLM, student_adapter
 from tests import tiny_student
 
@@ -55,6 +58,85 @@ def test_the_program_comes_with_its_state_and_without_an_lm(folder):
 
 def test_the_adapter_is_found_by_its_class(folder):
     assert type(load_adapter(Manifest.load(folder))) is dspy.ChatAdapter
+
+
+@pytest.fixture
+def configured():
+    yield dspy.configure
+    dspy.configure(adapter=None)
+
+
+def make_headed(folder, trained_with):
+    folding = Folding.learn({"triage": (tiny_student.Triage, [])}, trained_with)
+    factory = "tests.tiny_student:build_headed"
+    tiny_student.manifest(folding, factory, trained_with).save(folder)
+    tiny_student.build().save(str(folder / "program.json"))
+    return folder
+
+
+def test_the_adapter_that_the_program_sets_keeps_its_arguments(tmp_path, configured):
+    adapter = tiny_student.HeadedAdapter("The desk's program")
+    assert load_student(make_headed(tmp_path, adapter)).adapter.heading == adapter.heading
+
+
+def test_an_adapter_of_another_class_is_not_taken(folder, configured):
+    configured(adapter=dspy.JSONAdapter())
+    assert type(load_adapter(Manifest.load(folder))) is dspy.ChatAdapter
+
+
+def test_an_adapter_that_has_changed_since_is_a_student_error(tmp_path, configured):
+    folder = make_headed(tmp_path, tiny_student.HeadedAdapter("Another heading"))
+    with pytest.raises(StudentError, match=r"prompts of triage .*HeadedAdapter.* train"):
+        load_student(folder)
+
+
+def test_a_signature_that_has_changed_since_is_a_student_error(folder):
+    wider = tiny_student.Triage.with_updated_fields("team", type_=Literal["billing", "tech"])
+    folding = Folding.learn({"triage": (wider, [DEMO])}, dspy.ChatAdapter())
+    edit(folder / "student.json", folding=folding.to_json())
+    with pytest.raises(StudentError, match="prompts of triage"):
+        load_student(folder)
+
+
+def test_demos_belong_to_the_prompts_that_are_compared(folder):
+    with pytest.raises(StudentError, match="prompts of triage"):
+        load_student(folder)
+    folding = Folding.learn({"triage": (tiny_student.Triage, [DEMO])}, dspy.ChatAdapter())
+    edit(folder / "student.json", folding=folding.to_json())
+    assert load_student(folder).program.triage.demos
+
+
+@pytest.fixture
+def remote(folder):
+    uri = f"memory://{folder.name}/student"
+    fs, path = fsspec.url_to_fs(uri)
+    fs.put(f"{folder}/", f"{path}/", recursive=True)
+    return uri
+
+
+def test_a_remote_student_is_read_where_it_is(folder, remote):
+    assert Manifest.load(remote) == Manifest.load(folder)
+    assert [dict(demo) for demo in load_program(remote).triage.demos] == [DEMO]
+    assert absolute(remote) == remote
+    with pytest.raises(StudentError, match="no such file"):
+        Manifest.load(remote + "/nowhere")
+    with pytest.raises(StudentError, match="cannot be read"):
+        Manifest.load("nosuchscheme://bucket/student")
+
+
+def test_a_remote_student_is_copied_for_as_long_as_it_is_needed(folder, remote):
+    with local_folder(remote) as copy:
+        assert Manifest.load(copy) == Manifest.load(folder)
+    assert not copy.exists()
+
+
+def test_a_local_student_is_used_in_place(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for name in (folder.name, f"file://{folder}", str(folder)):
+        assert absolute(name) == str(folder)
+        with local_folder(name) as found:
+            assert found == folder
+    assert folder.exists()
 
 
 def test_a_missing_directory_is_a_student_error(tmp_path):
@@ -144,6 +226,29 @@ async def test_usage_is_recorded_and_options_reach_the_request():
     }
     request = script.requests[0]
     assert (request.max_tokens, request.stop, request.seed) == (5, ("x",), 3)
+
+
+class Blocking(tiny_student.Desk):
+    async def aforward(self, text):
+        return self.triage(text=text)
+
+
+async def test_a_synchronous_call_on_the_loop_is_told_instead_of_waiting_for_ever():
+    lm = StudentLM(Script().complete, asyncio.get_running_loop())
+    with (
+        dspy.context(lm=lm, adapter=student_adapter(dspy.ChatAdapter())),
+        pytest.raises(RuntimeError, match=r"await self\.predictor\.acall"),
+    ):
+        await asyncio.wait_for(Blocking().acall(text="help"), 30)
+
+
+async def test_what_is_not_given_is_left_to_the_student():
+    script = Script()
+    lm = StudentLM(script.complete, asyncio.get_running_loop())
+    await lm.acall("hi")
+    await lm.copy(max_tokens=5).acall("hi", max_tokens=None, temperature=None)
+    assert [request.max_tokens for request in script.requests] == [None, 5]
+    assert [request.temperature for request in script.requests] == [0.0, 0.0]
 
 
 async def test_an_unparseable_answer_is_not_asked_for_again():

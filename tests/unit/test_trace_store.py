@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage, passes
+from distill.tracing.trace import (
+    Failure,
+    FailureKind,
+    PredictorCall,
+    Score,
+    Trace,
+    Usage,
+    passes,
+    total_usage,
+)
 from serve.errors import TraceStoreError
 
 values = st.recursive(
@@ -111,3 +120,15 @@ def test_after_a_failed_write_the_next_goes_to_another_segment(tmp_path, monkeyp
 )
 def test_a_score_passes_above_zero_or_from_the_threshold_on(value, threshold, expected):
     assert passes(Score("m", value), threshold) is expected
+
+
+def test_half_of_a_surrogate_pair_is_kept(tmp_path):
+    store = TraceStore(str(tmp_path))
+    store.writer().append([trace("a", prediction={"text": "\ud83d"}).to_json()])
+    assert store.latest(["a"])["a"].prediction == {"text": "\ud83d"}
+
+
+def test_a_sum_with_an_unknown_part_is_unknown_but_no_call_is_no_part():
+    known, unknown = Usage(1, 10, 5, 0.1), Usage(1, 10, 5, None)
+    assert total_usage([known, known, Usage()]) == Usage(2, 20, 10, 0.2)
+    assert total_usage([known, unknown]).cost_usd is None

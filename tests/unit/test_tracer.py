@@ -116,9 +116,11 @@ def test_the_metric_scores_and_what_it_raises_is_kept(run):
 def test_a_changed_metric_scores_the_old_answers_anew_without_a_call(run):
     trace, example, task = run(programs.build(), "sun", programs.broken_metric)
     mended = dataclasses.replace(task, metric=programs.right_mood)
-    assert with_current_score(trace, example, mended).score.value == 1.0
-    assert with_current_score(trace, example, task) is trace
-    assert with_current_score(trace, example, dataclasses.replace(task, metric=None)).score is None
+    lm = dspy.LM("openai/judge")
+    assert with_current_score(trace, example, mended, lm).score.value == 1.0
+    assert with_current_score(trace, example, task, lm) is trace
+    unscored = dataclasses.replace(task, metric=None)
+    assert with_current_score(trace, example, unscored, lm).score is None
 
 
 def test_examples_in_flight_together_do_not_mix(teacher, monkeypatch):
@@ -134,3 +136,46 @@ def test_examples_in_flight_together_do_not_mix(teacher, monkeypatch):
         assert trace.prediction["reply"] == f"re: {trace.key}"
         assert [call.inputs["text"] for call in trace.calls] == [trace.key] * 2
         assert trace.usage.calls == 2
+
+
+def test_calls_of_a_predictors_own_lm_are_counted(run, teacher):
+    program = programs.TwoSteps()
+    program.judge.lm = dspy.LM("openai/own", api_base=teacher.api_base, cache=False)
+    trace, _, _ = run(program, "sun")
+    assert trace.usage.calls == 2
+    assert trace.usage.prompt_tokens > 100
+
+
+def test_calls_in_a_programs_own_threads_are_counted_and_kept(run):
+    class Threads(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.judge = dspy.Predict(programs.Sentiment)
+
+        def forward(self, text):
+            examples = [dspy.Example(text=part).with_inputs("text") for part in text.split(",")]
+            parallel = dspy.Parallel(num_threads=2, disable_progress_bar=True)
+            moods = [p.mood for p in parallel([(self.judge, example) for example in examples])]
+            return dspy.Prediction(mood=moods[0], moods=moods)
+
+    trace, _, _ = run(Threads(), "sun,rain,sun")
+    assert trace.failure is None
+    assert trace.usage.calls == 3
+    assert names(trace) == ["judge"] * 3
+
+
+def test_the_metric_asks_the_judge_not_the_student(run, teacher):
+    asked = []
+
+    def metric(example, prediction, trace=None):
+        asked.append(dspy.settings.lm.model)
+        return True
+
+    lm = dspy.LM("openai/student", api_base=teacher.api_base, cache=False)
+    judge = dspy.LM("openai/judge", api_base=teacher.api_base, cache=False)
+    tracer = Tracer(
+        Task(programs.build(), dspy.ChatAdapter(), metric), lm, concurrency=1, judge=judge
+    )
+    example = dspy.Example(text="sun", mood="good").with_inputs("text")
+    assert asyncio.run(tracer.trace("key", example)).score.value == 1.0
+    assert asked == ["openai/judge"]
