@@ -23,13 +23,14 @@ import ray
 from distill import summary
 from distill.config import StudentConfig, TrainConfig
 from distill.rows import learn_folding, render_rows
-from distill.rundir import RunDir, local_folder
+from distill.rundir import RunDir
 from distill.tracing.trace import PredictorCall, Trace, Usage
 from distill.training.job import train
 from examples.banking77.program import build
 from examples.banking77.recorded_teacher import read_recording
 from serve.engines.base import ChatRequest
 from serve.engines.transformers import TransformersEngine
+from serve.files import local_folder
 from serve.folding import Folding
 from serve.student import Manifest
 

@@ -1,16 +1,14 @@
-"""The Ray that a run uses: found, or started here, and left as it was found."""
+"""The Ray that a run uses: connected for as long as the run lasts, left as it was found."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 
 import ray
-import ray._private.state
 
-from serve.errors import ConfigurationError
+from serve.cluster import connect
 
-logger = logging.getLogger(__name__)
+WORKERS_START_S = 600
 
 
 @contextlib.contextmanager
@@ -25,30 +23,10 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    # Usage statistics would be a network call from a machine that may have no network.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(
-            # Says nothing to a cluster that is there already.
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            configure_logging=False,
-        )
-    except ConnectionError as error:
-        raise ConfigurationError(
-            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray answers there ({error}). "
-            "Unset it to start Ray on this machine."
-        ) from error
+    # Ray Train gives up after a minute, which nodes that have to be started first may need.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKERS_START_S))
+    connect(log_to_driver=True)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def capacity(resource: str) -> float:
-    """What the cluster has of a resource, in use or not, or can scale up to."""
-    present = float(ray.cluster_resources().get(resource, 0))
-    # Ray Train asks the same: the largest cluster that the autoscaler may build, if any.
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return max(present, float(limits.get(resource, 0)))

@@ -81,13 +81,15 @@ class TraceConfig(Section):
 
 
 class ScratchConfig(Section):
-    """A micro-student: a Llama of this size, trained from nothing. Names as in LlamaConfig."""
+    """A micro-student: a Llama trained from nothing. Sizes are named as in LlamaConfig."""
 
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     hidden_size: Annotated[int, Field(ge=16)] = 256
     intermediate_size: Annotated[int, Field(ge=16)] = 768
     num_hidden_layers: Positive = 4
     num_attention_heads: Positive = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each layer's output that training leaves out; the exported model has none."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScratchConfig":

@@ -14,8 +14,9 @@ from distill import summary
 from distill.config import RunConfig, ServeConfig
 from distill.preflight import Inputs
 from distill.programs import fingerprint
-from distill.rundir import RunDir, local_folder
+from distill.rundir import RunDir
 from serve.errors import ConfigurationError
+from serve.files import local_folder
 from serve.patterns import completion_pattern
 from serve.programs import describe_signature
 from serve.student import MANIFEST, PROGRAM, Manifest, class_path

@@ -33,6 +33,7 @@ from distill.rundir import RunDir
 from distill.tracing.collect import Collection, LmSpec, collect
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
+from serve.cluster import capacity
 from serve.errors import TracingError, TrainingError
 
 
@@ -216,5 +217,5 @@ def _job(
     actors = trace.actors
     if lm.num_gpus:
         # More actors than GPUs would wait for one for ever, and their examples with them.
-        actors = min(actors, int(cluster.capacity("GPU") / lm.num_gpus))
+        actors = min(actors, int(capacity("GPU") / lm.num_gpus))
     return Collection(task, lm, examples, store, actors, trace.concurrency, limits)

@@ -11,11 +11,12 @@ from typing import Any
 
 import dspy
 
-from distill import cluster, datasets, programs, rows
+from distill import datasets, programs, rows
 from distill.config import SCRATCH, RunConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
 from distill.training.deepspeed_config import make_deepspeed_config
+from serve.cluster import capacity
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 
@@ -75,7 +76,7 @@ def check_cluster(config: RunConfig) -> None:
 def use_gpu(config: RunConfig) -> bool:
     """Whether training uses GPUs: as configured, or if the cluster has any."""
     if config.train.use_gpu == "auto":
-        return cluster.capacity("GPU") > 0
+        return capacity("GPU") > 0
     return config.train.use_gpu
 
 
@@ -131,7 +132,7 @@ def _check_teacher(settings: dict[str, Any]) -> None:
 
 
 def _check_fits(key: str, asked: int, kind: str) -> None:
-    available = int(cluster.capacity(kind))
+    available = int(capacity(kind))
     if asked > available:
         raise ConfigurationError(
             f"{key}={asked} needs {asked} {kind}s; the cluster has {available}. "

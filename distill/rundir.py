@@ -151,16 +151,3 @@ class RunDir:
             finally:
                 if file.exists():
                     self._fs.put_file(str(file), path)
-
-
-@contextlib.contextmanager
-def local_folder(uri: str) -> Iterator[Path]:
-    """A folder's local path: itself, or a copy of a remote one for as long as needed."""
-    fs, path = fsspec.url_to_fs(uri)
-    if isinstance(fs, LocalFileSystem):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="raydistill-") as temporary:
-        target = Path(temporary) / Path(path).name
-        fs.get(f"{path}/", f"{target}/", recursive=True)
-        yield target

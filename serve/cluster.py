@@ -1,4 +1,4 @@
-"""The Ray that serves: found or started, and whether it has room.
+"""The Ray that is used: found or started, and whether it has room.
 
 Owns the connection's settings and the cluster's size. What is deployed is for ``app``.
 """
@@ -16,8 +16,11 @@ import ray._private.state
 from serve.errors import ConfigurationError
 
 
-def connect() -> None:
+def connect(*, log_to_driver: bool = False) -> None:
     """Connect to ``RAY_ADDRESS``, else to a running cluster, else to one started here.
+
+    Args:
+        log_to_driver: Print here what the workers print.
 
     Raises:
         ConfigurationError: ``RAY_ADDRESS`` names a cluster that does not answer.
@@ -26,10 +29,12 @@ def connect() -> None:
     # Workers look for the user's program where this process does.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    # Usage statistics would be a network call from a machine that may have no network.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # Without a dashboard, where one is started; a cluster that is there has its own.
+        ray.init(include_dashboard=False, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigurationError(
             f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray answers there ({error}). "

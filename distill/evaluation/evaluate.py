@@ -17,10 +17,10 @@ import huggingface_hub
 from distill.datasets import example_id
 from distill.evaluation.report import ExampleResult
 from distill.programs import Task
-from distill.rundir import local_folder
 from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
 from distill.tracing.trace import FailureKind, Trace
 from distill.tracing.tracer import with_current_score
+from serve.files import local_folder
 
 CONNECTION = {"api_base", "base_url", "api_version", "cache", "num_retries", "timeout", "headers"}
 

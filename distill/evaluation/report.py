@@ -39,9 +39,9 @@ _TRACING_KEYS = (
     "cost_usd",
     "seconds",
 )
-_TRAINING_KEYS = ("rows", "tokens", "steps", "seconds", "train_loss", "val_loss")
+_TRAINING_KEYS = ("rows", "tokens", "steps", "seconds", "train_loss", "val_loss", "val_exact")
 _REJECTED_KEYS = ("metric", "parse", "error")
-_FOLDING_KEYS = ("rows_folded", "rows_full", "prompt_tokens_folded", "prompt_tokens_full")
+_FOLDING_KEYS = ("rows_folded", "rows_full")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def build_report(
             ``epoch``, ``train_loss``, ``val_loss``, ``seconds``, ``tokens_per_s``.
         run: ``name``, ``created`` (ISO time), ``directory``, ``command`` (the command
             line that makes this run), ``versions`` (package -> version), ``config``.
-        folding: ``rows_folded``, ``rows_full``, and mean prompt tokens of a training row
-            as ``prompt_tokens_folded`` and ``prompt_tokens_full``; None: folding is off.
+        folding: ``rows_folded`` and ``rows_full``; None: folding is off.
     """
     present = {name: arms.get(name) for name in ARMS}
     student, teacher = present["student"] or [], present["teacher"] or []

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from distill.config import SCRATCH, ScratchConfig
-from distill.rundir import local_folder
 from distill.training.encoding import Conversation, encode, end_of_turn_id
 from serve.errors import ConfigurationError, TrainingError
+from serve.files import local_folder
 
 # The signs that folded prompts are joined with are tokens of their own.
 _SIGNS = "¦¬"
@@ -63,7 +63,7 @@ def make_scratch(
     rows, _ = encode(conversations, tokenizer, max_length)
     longest = int(rows.lengths.max(initial=0))
     config = LlamaConfig(
-        **sizes.model_dump() | {"vocab_size": len(tokenizer)},
+        **sizes.model_dump(exclude={"dropout"}) | {"vocab_size": len(tokenizer)},
         tie_word_embeddings=True,
         max_position_embeddings=_power_of_two(max(512, 2 * longest)),
         bos_token_id=None,

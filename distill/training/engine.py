@@ -20,7 +20,13 @@ from distill.training.schedule import learning_rate_factor
 
 
 def start_engine(
-    train: TrainConfig, base: str, tokenizer: Any, *, num_steps: int, use_gpu: bool
+    train: TrainConfig,
+    base: str,
+    tokenizer: Any,
+    *,
+    num_steps: int,
+    use_gpu: bool,
+    dropout: float,
 ) -> Any:
     """Load the base model and hand it to DeepSpeed.
 
@@ -30,6 +36,7 @@ def start_engine(
         tokenizer: The base model's.
         num_steps: Optimizer steps of the whole run, for the learning rate.
         use_gpu: Whether each worker has a GPU.
+        dropout: See ``add_dropout``.
 
     Returns:
         A ``DeepSpeedEngine``.
@@ -48,6 +55,7 @@ def start_engine(
     )
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     model = load_model(base, tokenizer, dtype)
+    add_dropout(model, dropout)
     factor = partial(
         learning_rate_factor,
         num_steps=num_steps,
@@ -101,6 +109,26 @@ def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
     num_targets = logits.shape[1]
     weights = torch.from_numpy(batch.weights[:, -num_targets:]).to(device)
     return logits, input_ids[:, -num_targets:], weights
+
+
+def add_dropout(model: torch.nn.Module, rate: float) -> None:
+    """Leave out a share of the embeddings' and each sublayer's output while training.
+
+    Llama has no such dropout of its own, and learns a small set of rows by heart without
+    it. As hooks it leaves weights and configuration alone.
+    """
+    if not rate:
+        return
+
+    def drop(module: torch.nn.Module, _: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], rate, module.training), *output[1:])
+        return F.dropout(output, rate, module.training)
+
+    decoder = model.get_decoder()
+    sublayers = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    for module in (decoder.embed_tokens, *sublayers):
+        module.register_forward_hook(drop)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

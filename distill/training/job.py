@@ -198,6 +198,7 @@ def _fit(
         "train": train.model_dump(),
         "base": data.base,
         "prompt_weight": _prompt_weight(student, train),
+        "dropout": student.scratch.dropout if student.model == SCRATCH else 0.0,
         "use_gpu": use_gpu,
         "num_threads": cpus,
         "rows": ray.put(data.train),

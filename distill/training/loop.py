@@ -27,8 +27,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> str | None:
 
     Args:
         config: ``train`` (TrainConfig as a dict), ``base`` (Hugging Face directory or id),
-            ``prompt_weight``, ``use_gpu``, ``num_threads``, ``rows`` and ``val_rows`` (object
-            references of EncodedRows) and ``mailbox`` (actor that takes progress events).
+            ``prompt_weight``, ``dropout``, ``use_gpu``, ``num_threads``, ``rows`` and
+            ``val_rows`` (object references of EncodedRows) and ``mailbox`` (actor that takes
+            progress events).
 
     Returns:
         Why training cannot go on, where trying again would end the same way; else None.
@@ -66,6 +67,7 @@ class Training:
                 self.tokenizer,
                 num_steps=self.steps_per_epoch * self.train.num_train_epochs,
                 use_gpu=config["use_gpu"],
+                dropout=config["dropout"],
             )
 
     def run(self) -> None:
@@ -102,6 +104,8 @@ class Training:
     def _train_epoch(self, epoch: int) -> float:
         """One pass over all rows; returns the mean loss of a step."""
         self.engine.train()
+        # Each rank's own, and the same whether or not the run was interrupted before.
+        torch.manual_seed((self.train.seed * 10_000 + epoch) * 10_000 + self.rank)
         plan = self._plan(self.rows, self.prompt_weight, epoch)
         losses: list[float] = []
         window: list[torch.Tensor] = []

@@ -26,15 +26,15 @@ from serve.errors import TrainingError
 pytestmark = pytest.mark.integration
 
 REPOSITORY = Path(__file__).parents[2]
-SCRATCH = StudentConfig(
-    scratch={
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-)
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+SCRATCH = StudentConfig(scratch={**SIZES, "dropout": 0.0})
+WITH_DROPOUT = StudentConfig(scratch={**SIZES, "dropout": 0.1})
 LEARNING = {
     "num_train_epochs": 6,
     "learning_rate": 3e-3,
@@ -272,13 +272,14 @@ import os, signal, sys
 import ray
 from pathlib import Path
 sys.path[:0] = [{repository!r}, {tests!r}]
-from test_training import run
+from test_training import WITH_DROPOUT, run
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
          runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}}}}})
 def die_in_the_second_epoch(event):
     if event["event"] == "train_step" and event["epoch"] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-run(Path({folder!r}), on_event=die_in_the_second_epoch, num_train_epochs=3, logging_steps=1)
+settings = dict(num_train_epochs=3, logging_steps=1)
+run(Path({folder!r}), WITH_DROPOUT, on_event=die_in_the_second_epoch, **settings)
 """
 
 
@@ -296,8 +297,9 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     events = []
-    resumed = run(tmp_path / "killed", on_event=events.append, num_train_epochs=3, logging_steps=1)
-    whole = run(tmp_path / "whole", num_train_epochs=3, logging_steps=1)
+    settings = {"num_train_epochs": 3, "logging_steps": 1}
+    resumed = run(tmp_path / "killed", WITH_DROPOUT, on_event=events.append, **settings)
+    whole = run(tmp_path / "whole", WITH_DROPOUT, **settings)
     assert min(event["epoch"] for event in events) == 2
     losses = [
         [(epoch["train_loss"], epoch["val_loss"]) for epoch in result.history]

@@ -51,7 +51,7 @@ def test_more_replicas_than_the_cluster_has_room_for_are_told(monkeypatch):
 
 def test_a_folder_that_is_no_run_directory_is_told(tmp_path):
     directory = RunDir(str(tmp_path))
-    with pytest.raises(ConfigurationError, match="no config.json"):
+    with pytest.raises(ConfigurationError, match="is no run directory"):
         app_args(directory)
     for text, message in (
         ("not json", "is not JSON"),

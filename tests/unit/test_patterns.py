@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.folding import SEPARATOR, Folding, escape
+from serve.folding import SEPARATOR, Folding
 from serve.patterns import ANYTHING, INTEGER, NUMBER, completion_pattern
 
 
@@ -32,7 +32,6 @@ class Everything(dspy.Signature):
     sure: bool = dspy.OutputField()
     count: int = dspy.OutputField()
     share: float = dspy.OutputField()
-    level: Literal[1, 2] = dspy.OutputField()
     words: list[str] = dspy.OutputField()
     owner: Owner = dspy.OutputField()
     reason: str = dspy.OutputField()
@@ -50,7 +49,7 @@ class LinesAdapter(dspy.ChatAdapter):
         values = [line.removeprefix("- ") for line in completion.splitlines()]
         fields = dict(zip(signature.output_fields, values, strict=True))
         said = {"yes": True, "no": False}
-        return {k: said[v] if v in said else v for k, v in fields.items()}
+        return {k: said.get(v, v) for k, v in fields.items()}
 
 
 class SilentAdapter(dspy.ChatAdapter):
@@ -83,7 +82,6 @@ texts = st.text(alphabet=st.characters(exclude_characters="\0", exclude_categori
             "sure": st.booleans(),
             "count": st.integers(-(10**17), 10**17),
             "share": st.floats(allow_nan=False, allow_infinity=False),
-            "level": st.sampled_from([1, 2]),
             "words": st.lists(texts),
             "owner": st.builds(Owner, name=texts),
             "reason": texts,
@@ -111,13 +109,13 @@ def test_whatever_an_adapter_writes_is_in_the_pattern(adapter, values):
 def test_closed_fields_are_held_to_their_values_as_the_adapter_writes_them(adapter, kind, sure):
     _, pattern = LEARNED[type(adapter)]
     fields = pattern.split(SEPARATOR)
-    for value in ("a|b", "c¦d", "e f-g"):
-        assert re.fullmatch(fields[0], escape(kind.format(value)))
+    for value in ("a|b", "e f-g"):
+        assert re.fullmatch(fields[0], kind.format(value))
     assert not re.fullmatch(fields[0], kind.format("another"))
     assert re.fullmatch(fields[1], kind.format("red (dark)"))
     assert not re.fullmatch(fields[1], kind.format("RED"))
     assert fields[2] == f"({sure[0]}|{sure[1]})"
-    assert fields[3:6] == [f"({INTEGER})", f"({NUMBER})", "(1|2)"]
+    assert fields[3:5] == [f"({INTEGER})", f"({NUMBER})"]
     assert pattern.endswith(f"¦({ANYTHING})" * 3)
 
 
@@ -129,6 +127,11 @@ def test_an_answer_of_closed_fields_under_the_pattern_parses(adapter, data):
     folding, pattern = pattern_of(closed, adapter)
     folded = data.draw(st.from_regex(pattern, fullmatch=True))
     adapter.parse(closed, folding.unfold_completion("p", folded))
+
+
+def test_numbers_of_a_closed_set_are_values_as_well():
+    signature = dspy.Signature("text -> x").with_updated_fields("x", type_=Literal[1, 2])
+    assert pattern_of(signature, dspy.JSONAdapter())[1] == "(1|2)"
 
 
 def test_an_adapter_of_the_users_own_says_how_values_look():
@@ -149,12 +152,12 @@ def test_what_an_adapter_does_not_read_back_stays_open():
 @pytest.mark.parametrize(
     "folded",
     [
-        "a¦red (dark)¦True¦1¦1.0¦1¦[]¦{}¦x",
-        "a|b¦red (dark)¦yes¦1¦1.0¦1¦[]¦{}¦x",
-        "a|b¦red dark¦True¦1¦1.0¦1¦[]¦{}¦x",
-        "a|b¦red (dark)¦True¦one¦1.0¦1¦[]¦{}¦x",
-        "a|b¦red (dark)¦True¦1¦1.0¦1¦[]¦{}",
-        "a|b¦red (dark)¦True¦1¦1.0¦1¦[]¦{}¦x¦y",
+        "a¦red (dark)¦True¦1¦1.0¦[]¦{}¦x",
+        "a|b¦red (dark)¦yes¦1¦1.0¦[]¦{}¦x",
+        "a|b¦red dark¦True¦1¦1.0¦[]¦{}¦x",
+        "a|b¦red (dark)¦True¦one¦1.0¦[]¦{}¦x",
+        "a|b¦red (dark)¦True¦1¦1.0¦[]¦{}",
+        "a|b¦red (dark)¦True¦1¦1.0¦[]¦{}¦x¦y",
     ],
 )
 def test_a_value_outside_its_set_or_a_wrong_number_of_values_is_not(folded):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from distill.rundir import RunDir, local_folder
+from distill.rundir import RunDir
 from serve.errors import ConfigurationError
+from serve.files import local_folder
 
 
 @pytest.fixture(params=["local", "memory"])
