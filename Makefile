@@ -34,8 +34,8 @@ lint: $(INSTALLED)  ## ruff and mypy
 format: $(INSTALLED)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## run every benchmark
-	set -e; for name in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))); do $(BIN)/python -m benchmarks.$$name; done
+bench: $(INSTALLED)  ## run every benchmark: make bench DATA=DIR, the folder of Banking77's files
+	set -e; for name in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))); do $(BIN)/python -m benchmarks.$$name --data '$(or $(DATA),$(error give the folder of Banking77 files: make bench DATA=DIR))'; done
 
 dist: $(INSTALLED)  ## the wheel and constraints that cluster.yaml installs on each node
 	rm -rf build dist && $(BIN)/pip wheel -q --no-deps -w dist . && cp constraints.txt dist/

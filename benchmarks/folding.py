@@ -17,17 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import dspy
 import ray
 
+from benchmarks._rows import make_rows, prompts
 from distill import summary
 from distill.config import StudentConfig, TrainConfig
-from distill.rows import learn_folding, render_rows
 from distill.rundir import RunDir
-from distill.tracing.trace import PredictorCall, Trace, Usage
 from distill.training.job import train
-from examples.banking77.program import build
-from examples.banking77.recorded_teacher import read_recording
 from serve.engines.base import ChatRequest
 from serve.engines.transformers import TransformersEngine
 from serve.files import local_folder
@@ -58,12 +54,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the three files")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "folding.json")
     args = parser.parse_args()
-    traces = [_trace(text, answer) for text, answer in read_recording(args.data).items()]
     ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as storage:
             figures: dict[str, Any] = {
-                side.name: _measure(side, traces, RunDir(f"{storage}/{side.name}"))
+                side.name: _measure(side, args.data, RunDir(f"{storage}/{side.name}"))
                 for side in SIDES
             }
     finally:
@@ -77,17 +72,10 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
 
 
-def _trace(text: str, answer: str) -> Trace:
-    call = PredictorCall("self", {"text": text}, {"category": answer})
-    return Trace(text, text, (call,), {"category": answer}, Usage(), 0.0)
-
-
-def _measure(side: Side, traces: list[Trace], directory: RunDir) -> dict[str, float]:
-    program, adapter = build(), dspy.ChatAdapter()
-    folding = learn_folding(program, adapter) if side.name == "folded" else None
-    rows, _ = render_rows(traces[: side.num_rows], program, adapter, folding)
+def _measure(side: Side, data: Path, directory: RunDir) -> dict[str, float]:
+    rows, folding = make_rows(data, folded=side.name == "folded")
     directory.create()
-    directory.write_jsonl("train.jsonl", [row.to_json() for row in rows])
+    directory.write_jsonl("train.jsonl", [row.to_json() for row in rows[: side.num_rows]])
     directory.write_text("val.jsonl", "")
     result = train(
         train_rows=directory.join("train.jsonl"),
@@ -102,8 +90,7 @@ def _measure(side: Side, traces: list[Trace], directory: RunDir) -> dict[str, fl
     )
     with local_folder(result.model_dir) as folder:
         _write_manifest(folder, folding)
-        asked = [adapter.format(program.signature, [], dict(t.calls[0].inputs)) for t in traces]
-        requests_per_s, prompt_tokens = _ask(folder, asked[: side.num_requests])
+        requests_per_s, prompt_tokens = _ask(folder, prompts(data, side.num_requests))
     return {
         "rows_per_s": round(result.rows / result.seconds, 2),
         "tokens_per_row": round(result.tokens / result.rows, 1),

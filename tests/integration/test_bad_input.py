@@ -82,4 +82,4 @@ def test_serving_a_folder_without_a_student_is_refused(folder):
         timeout=60,
     )
     assert finished.returncode == 2, finished.stdout
-    assert "holds no student" in finished.stdout
+    assert "is no run directory" in finished.stdout
