@@ -118,7 +118,7 @@ def _evaluate(arguments: Arguments, terminal: Terminal) -> None:
 
 
 def _check(arguments: Arguments, terminal: Terminal) -> None:
-    from distill.config import load_config
+    from distill.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     terminal.silence()
@@ -184,7 +184,7 @@ def _prepared(
     arguments: Arguments, terminal: Terminal
 ) -> Iterator[tuple["RunConfig", "ProgressReporter", "RunDir"]]:
     """The configuration, a reporter that records events, and the run directory."""
-    from distill.config import load_config
+    from distill.config_file import load_config
     from distill.progress import ProgressReporter, open_events
     from distill.rundir import RunDir
 

@@ -4,6 +4,7 @@ Every stage reports through a ``Stage``: a bar with time left on a terminal, pla
 intervals elsewhere, and one JSON line an event in ``events.jsonl``.
 """
 
+import abc
 import contextlib
 import json
 import time
@@ -85,7 +86,7 @@ def open_events(path: Path) -> Callable[[dict[str, Any]], None]:
     return write
 
 
-class _StageBase:
+class _StageBase(abc.ABC):
     """Keeps the latest text and records events at intervals."""
 
     def __init__(self, reporter: ProgressReporter, name: str) -> None:
@@ -107,8 +108,9 @@ class _StageBase:
             self._reporter.event("progress", stage=self._name, done=done, total=total, **fields)
         self._show(done, total, now)
 
+    @abc.abstractmethod
     def _show(self, done: int, total: int, now: float) -> None:
-        raise NotImplementedError
+        """Show so many of so many, now."""
 
 
 class _BarStage(_StageBase):

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from distill.config import load_config
+from distill.config_file import load_config
 from serve.errors import ConfigurationError
 
 GOOD = {

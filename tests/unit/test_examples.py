@@ -18,7 +18,7 @@ from dspy.utils.exceptions import AdapterParseError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.config import load_config
+from distill.config_file import load_config
 from examples.banking77 import program as banking77
 from examples.banking77 import recorded_teacher
 from examples.chat_prompts import read_prompt

@@ -1,0 +1,141 @@
+"""Reads a configuration: one YAML file with overrides, validated whole before anything runs.
+
+Owns the overrides of the command line, what paths are relative to, and the messages for a
+wrong key or value, which name every mistake at once. The keys are in ``config``.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from distill.config import RunConfig
+from serve.errors import ConfigurationError
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and validate a configuration file.
+
+    Args:
+        path: The YAML file. Relative paths inside it are relative to its folder.
+        overrides: ``key.path=value`` strings; the value is read as YAML. Paths given
+            here are relative to the working directory, as a shell user expects.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or what it says is not valid; the
+            message names each wrong key with the nearest known one, or the expected value.
+    """
+    source = Path(path)
+    tree = _read_yaml(source)
+    for override in overrides:
+        _apply_override(tree, override)
+    _resolve_paths(tree, source.parent.resolve(), {o.split("=", 1)[0] for o in overrides})
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        details = "\n".join(dict.fromkeys(_explain(item) for item in error.errors()))
+        raise ConfigurationError(f"{source}: {details}") from None
+
+
+def _read_yaml(source: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(source.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{source}: no such configuration file.") from None
+    except OSError as error:
+        raise ConfigurationError(f"{source}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{source}: is not a text file; expected YAML.") from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ConfigurationError(f"{source}: is not valid YAML: {where}") from None
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else type(tree).__name__
+        raise ConfigurationError(f"{source}: expected keys such as name: and data:, found {found}.")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise ConfigurationError(
+            f"{override!r} is not an override; expected key.path=value, as train.num_workers=1."
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigurationError(f"{override!r}: the value is not valid YAML.") from None
+    node = tree
+    for key in keys[:-1]:
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigurationError(f"{override!r}: {key} holds a value, not further keys.")
+        node = child
+    node[keys[-1]] = value
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path, overridden: set[str]) -> None:
+    def base(path: str) -> Path:
+        given = any(path == key or path.startswith(f"{key}.") for key in overridden)
+        return Path.cwd() if given else folder
+
+    def resolve(section: Any, key: str, path: str) -> None:
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str) and not _is_uri(value):
+            section[key] = str(base(path) / value)
+
+    tree.setdefault("storage", "runs")
+    resolve(tree, "storage", "storage")
+    for key in ("train", "dev", "test"):
+        resolve(tree.get("data"), key, f"data.{key}")
+    student = tree.get("student")
+    if isinstance(student, dict) and isinstance(model := student.get("model"), str):
+        path = base("student.model") / Path(model).expanduser()
+        # A Hugging Face id looks like a relative path; a directory that is there wins.
+        if model.startswith((".", "/", "~")) or (model != "scratch" and path.is_dir()):
+            student["model"] = str(path)
+
+
+def _is_uri(value: str) -> bool:
+    return bool(re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", value))
+
+
+def _explain(error: Any) -> str:
+    keys = [str(part) for part in error["loc"] if not _is_union_branch(part)]
+    path = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
+        return f"{path}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{path}: is missing; it is required."
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_pattern_mismatch":
+        message = (
+            "expected an import path, package.module:name"
+            if keys[-1] in ("program", "metric")
+            else "expected letters, digits, '.', '_' and '-'"
+        )
+    found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
+    return f"{path}: {message}{found}." if path else f"{message}."
+
+
+def _is_union_branch(part: Any) -> bool:
+    # pydantic names the branch of a union it tried as if it were a key.
+    return isinstance(part, str) and (part in ("bool", "int", "float") or "[" in part)
+
+
+def _known_keys(keys: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for key in keys:
+        model = model.model_fields[key].annotation
+    return list(model.model_fields)
