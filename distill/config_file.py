@@ -90,7 +90,7 @@ def _resolve_paths(tree: dict[str, Any], folder: Path, overridden: set[str]) -> 
     def resolve(section: Any, key: str, path: str) -> None:
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and not _is_uri(value):
-            section[key] = str(base(path) / value)
+            section[key] = os.path.normpath(base(path) / value)
 
     tree.setdefault("storage", "runs")
     resolve(tree, "storage", "storage")
