@@ -5,9 +5,9 @@ Hugging Face directory that needs nothing of ours to load. Ray Train stores it.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray.train
 import torch
@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 ENGINE_TAG = "engine"
 MODEL_FOLDER = "model"
-T = TypeVar("T")
 SCORE = "quality"
 """The metric by which Ray Train chooses the checkpoint that it keeps."""
 
@@ -30,29 +29,6 @@ def quality(epoch: Mapping[str, Any]) -> float:
     if epoch["val_loss"] is None:
         return -epoch["train_loss"]
     return epoch["val_exact"] - 1e-6 * epoch["val_loss"]
-
-
-def choose(
-    kept: Sequence[tuple[T, Mapping[str, Any]]], num_val_rows: int
-) -> tuple[T, Mapping[str, Any]]:
-    """The checkpoint to export: the best, or the last where that is as good within error.
-
-    A few hundred validation rows tell neighbouring epochs apart only by chance, and the last
-    one has learned at the lowest rates (the one-standard-error rule of Breiman et al.,
-    Classification and Regression Trees, 1984, with the last epoch in the simplest tree's
-    place).
-
-    Args:
-        kept: Checkpoints with their metrics, the best and the last among them.
-        num_val_rows: How many rows ``val_exact`` is a share of.
-    """
-    best = max(kept, key=lambda one: one[1][SCORE])
-    last = max(kept, key=lambda one: one[1]["epoch"])
-    if not num_val_rows:
-        return best
-    share = best[1]["val_exact"]
-    error = (share * (1 - share) / num_val_rows) ** 0.5
-    return last if last[1]["val_exact"] >= share - error else best
 
 
 def report_epoch(engine: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:

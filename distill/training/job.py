@@ -28,7 +28,7 @@ from distill.training.base_model import (
     max_positions,
 )
 from distill.training.batches import EncodedRows, count_steps
-from distill.training.checkpoints import MODEL_FOLDER, SCORE, choose
+from distill.training.checkpoints import MODEL_FOLDER, SCORE
 from distill.training.encoding import Conversation, encode
 from distill.training.loop import train_loop_per_worker
 from distill.training.mailbox import Event, run_with_events
@@ -116,7 +116,7 @@ def train(
     data = _prepare(train_rows, val_rows, student, train, RunDir(f"{storage}/{name}"))
     result = _fit(data, student, train, storage, name, on_event)
     history = result.metrics["history"]
-    checkpoint, best = choose(result.best_checkpoints, len(data.val))
+    checkpoint, best = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
     return TrainingResult(
         model_dir=f"{storage}/{name}/{Path(checkpoint.path).name}/{MODEL_FOLDER}",
         rows=len(data.train),
