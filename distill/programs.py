@@ -166,6 +166,7 @@ def _unpicklable(value: Any, path: str, depth: int = 4) -> str | None:
     for name, attribute in getattr(value, "__dict__", {}).items():
         try:
             cloudpickle.dumps(attribute)
+        # Asked only which attribute it is; the caller raises the error with its cause.
         except Exception:
             inner = _unpicklable(attribute, f"{path}.{name}", depth - 1) if depth else None
             return inner or f"{path}.{name} ({type(attribute).__name__})"
