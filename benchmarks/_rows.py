@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dspy
 
-from distill.rows import Row, learn_folding, render_rows
+from distill.rows import Row, predictor_prompts, render_rows
 from distill.tracing.trace import PredictorCall, Trace, Usage
 from examples.banking77.program import build
 from examples.banking77.recorded_teacher import read_recording
@@ -14,10 +14,10 @@ from serve.folding import Folding
 
 def make_rows(data: Path, *, folded: bool) -> tuple[list[Row], Folding | None]:
     """Rows of all recorded queries, in the order of the files, and how they were folded."""
-    program, adapter = build(), dspy.ChatAdapter()
-    folding = learn_folding(program, adapter) if folded else None
+    rendered, adapter = predictor_prompts(build()), dspy.ChatAdapter()
+    folding = Folding.learn(rendered, adapter) if folded else None
     traces = [_trace(text, answer) for text, answer in read_recording(data).items()]
-    return render_rows(traces, program, adapter, folding)[0], folding
+    return render_rows(traces, rendered, adapter, folding)[0], folding
 
 
 def prompts(data: Path, count: int) -> list[Sequence[dict]]:

@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     report = command("report", _report, "print a run's report, and rebuild report.html")
     report.add_argument("run_dir", metavar="RUN_DIR")
-    serve = command("serve", _serve, "serve a run's student until interrupted")
-    serve.add_argument("run_dir", metavar="RUN_DIR")
+    serve = command("serve", _serve, "serve a run's student, or any student, until interrupted")
+    serve.add_argument("run_dir", metavar="DIR", help="a run directory or a student directory")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     return parser
@@ -126,7 +126,7 @@ def _check(arguments: Arguments, terminal: Terminal) -> None:
 
     inputs = preflight.load(config)
     with cluster.connected():
-        preflight.check_cluster(config)
+        preflight.check_cluster(config.train, config.trace)
     expected = preflight.estimate(inputs)
     terminal.say(
         f"All is well. A run would make about {expected['teacher_calls']:,} teacher calls, with "

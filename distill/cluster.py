@@ -12,10 +12,13 @@ WORKERS_START_S = 600
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[None]:
+def connected(*, log_to_driver: bool = False) -> Iterator[None]:
     """Be connected to Ray: ``RAY_ADDRESS``, a running cluster, or one started here.
 
     A connection that was there before stays; one made here is closed.
+
+    Args:
+        log_to_driver: Print here what the workers print.
 
     Raises:
         ConfigurationError: ``RAY_ADDRESS`` names a cluster that does not answer.
@@ -25,7 +28,7 @@ def connected() -> Iterator[None]:
         return
     # Ray Train gives up after a minute, which nodes that have to be started first may need.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKERS_START_S))
-    connect(log_to_driver=True)
+    connect(log_to_driver=log_to_driver)
     try:
         yield
     finally:

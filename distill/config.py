@@ -7,7 +7,14 @@ files exist, programs import or the cluster is large enough is for ``preflight``
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 # Whole words, so that max_tokens is none of them.
 SECRET_KEY = re.compile(
@@ -16,6 +23,13 @@ SECRET_KEY = re.compile(
 SECRET_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 
 SCRATCH = "scratch"
+SCRATCH_RECIPE = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 12,
+    "per_device_train_batch_size": 32,
+    "weight_decay": 0.1,
+}
+"""What a micro-student learns Banking77 with; fine-tuning's defaults would teach it nothing."""
 ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -109,12 +123,17 @@ class TrainConfig(Section):
     use_gpu: bool | Literal["auto"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """The highest; 1e-3 for a scratch student, unless given."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     num_train_epochs: Positive = 3
+    """12 for a scratch student, unless given."""
     per_device_train_batch_size: Positive = 8
+    """Rows of a worker in a micro batch; 32 for a scratch student, unless given."""
     gradient_accumulation_steps: Positive = 1
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Part of the steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """0.1 for a scratch student, unless given."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_length: Annotated[int, Field(ge=8)] = 4096
     """Tokens; a longer row is left out and counted."""
@@ -122,9 +141,29 @@ class TrainConfig(Section):
     """Weight of the prompt's tokens in the loss; null is 0, or 0.3 for a scratch student."""
     bf16: bool | Literal["auto"] = "auto"
     logging_steps: Positive = 10
-    seed: int = 0
+    save_strategy: Literal["no", "epoch", "steps"] = "epoch"
+    """When the state of training is saved, for an interrupted run to go on from.
+
+    ``epoch``: after each. ``steps``: after each and every ``save_steps`` optimizer steps.
+    The student is then the one of the best epoch. ``no``: only at the end, so that an
+    interrupted run starts anew; the student is the one of the last epoch.
+    """
+    save_steps: Positive = 500
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     deepspeed: dict[str, Any] = {}
     """Merged over the generated DeepSpeed configuration."""
+
+    def fitted_to(self, model: str) -> "TrainConfig":
+        """The same, with what was not given as a student of this model needs it."""
+        if model != SCRATCH:
+            return self
+        return self.model_copy(
+            update={
+                key: value
+                for key, value in SCRATCH_RECIPE.items()
+                if key not in self.model_fields_set
+            }
+        )
 
 
 class ReplicasConfig(Section):
@@ -159,8 +198,15 @@ class RunConfig(Section):
     teacher: TeacherConfig
     trace: TraceConfig = TraceConfig()
     student: StudentConfig = StudentConfig()
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = Field(default=TrainConfig(), validate_default=True)
     serve: ServeConfig = ServeConfig()
+
+    @field_validator("train")
+    @classmethod
+    def _fit(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        # A wrong student section is not in info.data, and is an error of its own.
+        student = info.data.get("student")
+        return train.fitted_to(student.model) if student else train
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

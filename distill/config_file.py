@@ -7,14 +7,14 @@ wrong key or value, which name every mistake at once. The keys are in ``config``
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from distill.config import RunConfig
+from distill.config import RunConfig, Section
 from serve.errors import ConfigurationError
 
 
@@ -38,8 +38,23 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        details = "\n".join(dict.fromkeys(_explain(item) for item in error.errors()))
-        raise ConfigurationError(f"{source}: {details}") from None
+        raise ConfigurationError(f"{source}: {explain(error, RunConfig)}") from None
+
+
+def explain(
+    error: ValidationError,
+    section: type[Section],
+    name_key: Callable[[Sequence[str]], str] = ".".join,
+) -> str:
+    """What is wrong with a section's keys and values, in a line for each.
+
+    Args:
+        error: What validation found.
+        section: What was validated.
+        name_key: How a key is written, given it and the keys it is inside of.
+    """
+    lines = (_explain(item, section, name_key) for item in error.errors())
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _read_yaml(source: Path) -> dict[str, Any]:
@@ -108,16 +123,15 @@ def _is_uri(value: str) -> bool:
     return bool(re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", value))
 
 
-def _explain(error: Any) -> str:
-    keys = [str(part) for part in error["loc"] if not _is_union_branch(part)]
-    path = ".".join(keys)
+def _explain(error: Any, section: type[Section], name_key: Callable[[Sequence[str]], str]) -> str:
+    keys = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.7)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
-        return f"{path}: unknown key; {hint}"
+        known = _known_keys(section, keys[:-1])
+        return f"{name_key(keys)}: unknown key; {_suggest(keys[-1], known)}"
+    keys = [key for key in keys if not _is_union_branch(key)]
+    name = name_key(keys) if keys else ""
     if error["type"] == "missing":
-        return f"{path}: is missing; it is required."
+        return f"{name}: is missing; it is required."
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "string_pattern_mismatch":
         message = (
@@ -126,16 +140,25 @@ def _explain(error: Any) -> str:
             else "expected letters, digits, '.', '_' and '-'"
         )
     found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
-    return f"{path}: {message}{found}." if path else f"{message}."
+    return f"{name}: {message}{found}." if name else f"{message}."
 
 
-def _is_union_branch(part: Any) -> bool:
+def _suggest(key: str, known: Sequence[str]) -> str:
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
+        return f"did you mean {near[0]}?"
+    # An abbreviation is far from every key, but farthest from those that are not meant.
+    far = difflib.get_close_matches(key, known, n=1, cutoff=0.25)
+    guess = f"did you mean {far[0]}? " if far else ""
+    return f"{guess}Known keys: {', '.join(known)}."
+
+
+def _is_union_branch(key: str) -> bool:
     # pydantic names the branch of a union it tried as if it were a key.
-    return isinstance(part, str) and (part in ("bool", "int", "float") or "[" in part)
+    return key in ("bool", "int", "float", "str") or "[" in key
 
 
-def _known_keys(keys: list[str]) -> list[str]:
-    model: Any = RunConfig
+def _known_keys(section: type[Section], keys: Sequence[str]) -> list[str]:
+    model: Any = section
     for key in keys:
         model = model.model_fields[key].annotation
     return list(model.model_fields)

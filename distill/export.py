@@ -3,20 +3,24 @@
 What the directory means, and how it is read, is ``serve.student``.
 """
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import dspy
 import pydantic
 
 from distill import summary
-from distill.config import RunConfig, ServeConfig
-from distill.preflight import Inputs
-from distill.programs import fingerprint
+from distill.config import ServeConfig
+from distill.rows import Prompts
 from distill.rundir import RunDir
 from serve.errors import ConfigurationError
 from serve.files import local_folder
+from serve.folding import Folding
 from serve.patterns import completion_pattern
 from serve.programs import describe_signature
 from serve.student import MANIFEST, PROGRAM, Manifest, class_path
@@ -26,67 +30,117 @@ if TYPE_CHECKING:
     from serve.app import AppArgs
 
 STUDENT = "student"
+TRAINING = "training.json"
+"""How the student's training went, in its directory."""
 
 
-def is_current(directory: RunDir, identity: str) -> bool:
-    """Whether the run directory holds the student of this identity."""
-    return student_identity(directory) == identity
-
-
-def student_identity(directory: RunDir) -> str | None:
+def student_identity(directory: RunDir, folder: str = STUDENT) -> str | None:
     """What names the student: the fingerprint of its rows, base model and recipe."""
-    manifest = directory.read_json(f"{STUDENT}/{MANIFEST}")
+    manifest = directory.read_json(f"{folder}/{MANIFEST}")
     return manifest["fingerprints"]["student"] if manifest else None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a student's directory says besides its model: whose calls it answers, and how.
+
+    Attributes:
+        program: Its state is saved with the student; None for a student of LM calls alone.
+        program_path: Import path of its factory; None if it has none, as in a notebook.
+        fingerprint: Changes with the program; see ``program_fingerprint``.
+        inputs, outputs: The program's.
+        predictors: Descriptions of the signatures of the predictors that the student answers.
+        adapter: The class path of the adapter that rendered the rows.
+        folding: None for full prompts.
+        grammar: Regular expression of each predictor's folded completions.
+    """
+
+    program: dspy.Module | None = None
+    program_path: str | None = None
+    fingerprint: str | None = None
+    inputs: Sequence[str] = ()
+    outputs: Sequence[str] = ()
+    predictors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: str = class_path(dspy.ChatAdapter())
+    folding: Folding | None = None
+    grammar: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that a manifest takes over."""
+        return {
+            "program": self.program_path,
+            "inputs": list(self.inputs),
+            "outputs": list(self.outputs),
+            "predictors": dict(self.predictors),
+            "adapter": self.adapter,
+            "folding": self.folding.to_json() if self.folding else None,
+            "grammar": dict(self.grammar),
+        }
+
+
+def make_profile(
+    prompts: Prompts, adapter: dspy.Adapter, folding: Folding | None, **about: Any
+) -> Profile:
+    """The profile of a student that answers these predictors.
+
+    Args:
+        prompts: The predictors, as they will ask the student.
+        adapter: Renders their prompts.
+        folding: None for full prompts.
+        about: Further fields of the profile.
+    """
+    return Profile(
+        predictors={
+            name: describe_signature(signature) for name, (signature, _) in prompts.items()
+        },
+        adapter=class_path(adapter),
+        folding=folding,
+        grammar={
+            name: completion_pattern(signature, adapter, folding, name)
+            for name, (signature, _) in prompts.items()
+            if folding and name in folding.completions
+        },
+        **about,
+    )
 
 
 def write_student(
     directory: RunDir,
-    config: RunConfig,
-    inputs: Inputs,
-    outputs: Sequence[str],
+    folder: str,
+    profile: Profile,
+    base_model: str,
     result: "TrainingResult",
     identity: str,
 ) -> None:
-    """Write ``student/``; it takes the place of an older one only when it is whole.
+    """Write a student directory; it takes the place of an older one only when it is whole.
 
     Args:
         directory: The run directory.
-        config: The run's configuration.
-        inputs: The program, and the folding that the rows were folded with.
-        outputs: The names of the program's outputs.
+        folder: The student's name in it.
+        profile: What the student answers.
+        base_model: What it was trained from.
         result: ``result.model_dir`` is copied.
         identity: What names the student.
     """
-    program = inputs.task.program
+    metrics = ("train_loss", "val_loss", "val_exact")
     manifest = Manifest(
-        program=config.program,
-        inputs=list(config.data.inputs),
-        outputs=list(outputs),
-        predictors={
-            name: describe_signature(predictor.signature)
-            for name, predictor in program.named_predictors()
-        },
-        adapter=class_path(inputs.task.adapter),
-        base_model=config.student.model,
-        folding=inputs.folding.to_json() if inputs.folding else None,
-        grammar=_grammar(inputs),
+        **profile.to_json(),
+        base_model=base_model,
         max_new_tokens=result.max_new_tokens,
-        metrics={
-            "train_loss": result.train_loss,
-            "val_loss": result.val_loss,
-            "val_exact": result.val_exact,
-        },
-        fingerprints={"student": identity, "config": fingerprint(config.model_dump(mode="json"))},
+        metrics={name: getattr(result, name) for name in metrics},
+        fingerprints={"student": identity},
         versions=summary.versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     with (
-        directory.replacing(STUDENT, seal=MANIFEST) as folder,
+        directory.replacing(folder, seal=MANIFEST) as new,
         local_folder(result.model_dir) as model,
     ):
-        shutil.copytree(model, folder, dirs_exist_ok=True)
-        program.save(str(folder / PROGRAM))
-        manifest.save(folder)
+        shutil.copytree(model, new, dirs_exist_ok=True)
+        (new / TRAINING).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+        if profile.program is not None:
+            profile.program.save(str(new / PROGRAM))
+        manifest.save(new)
 
 
 def add_scores(directory: RunDir, report: Mapping[str, Any]) -> None:
@@ -100,13 +154,18 @@ def add_scores(directory: RunDir, report: Mapping[str, Any]) -> None:
 
 
 def app_args(directory: RunDir) -> "AppArgs":
-    """How to serve the run's student, as its configuration says.
+    """How to serve a run's student, as its configuration says, or a student on its own.
+
+    Args:
+        directory: A run directory, or a student directory.
 
     Raises:
-        ConfigurationError: This is no run directory, or it holds no student.
+        ConfigurationError: It is neither, or the run holds no student.
     """
     from serve.app import AppArgs
 
+    if directory.exists(MANIFEST):
+        return AppArgs(student=directory.uri)
     config = _serve_config(directory)
     if student_identity(directory) is None:
         raise ConfigurationError(
@@ -121,7 +180,7 @@ def app_args(directory: RunDir) -> "AppArgs":
 
 
 def _serve_config(directory: RunDir) -> ServeConfig:
-    expected = "Give the folder that raydistill run made, <storage>/<name>."
+    expected = "Give the folder that raydistill run made, <storage>/<name>, or a student's."
     try:
         config = directory.read_json("config.json")
     except ValueError as error:
@@ -148,13 +207,3 @@ def _serve_config(directory: RunDir) -> ServeConfig:
         raise ConfigurationError(
             f"{directory.join('config.json')}: {wrong}. Correct it, or run raydistill run again."
         ) from None
-
-
-def _grammar(inputs: Inputs) -> dict[str, str]:
-    if inputs.folding is None:
-        return {}
-    return {
-        name: completion_pattern(predictor.signature, inputs.task.adapter, inputs.folding, name)
-        for name, predictor in inputs.task.program.named_predictors()
-        if name in inputs.folding.completions
-    }

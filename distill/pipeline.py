@@ -9,7 +9,7 @@ they call.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import dspy
@@ -25,10 +25,11 @@ from distill.evaluation.evaluate import (
     teacher_lm,
 )
 from distill.evaluation.report import ExampleResult, build_report, render_html
+from distill.finetune import FineTuning, fine_tune
 from distill.preflight import Inputs
 from distill.programs import Task, fingerprint, program_fingerprint
 from distill.progress import ProgressReporter
-from distill.rows import count_rejections, keep, render_rows
+from distill.rows import count_rejections, keep, predictor_prompts, render_rows
 from distill.rundir import RunDir
 from distill.tracing.collect import Collection, LmSpec, collect
 from distill.tracing.limits import Limits
@@ -76,8 +77,8 @@ def opened(config: RunConfig, progress: ProgressReporter) -> Iterator[Run]:
         stage.update(1, 1, summary.describe_inputs(inputs))
     directory = RunDir(f"{config.storage}/{config.name}")
     directory.create()
-    with cluster.connected():
-        preflight.check_cluster(config)
+    with cluster.connected(log_to_driver=True):
+        preflight.check_cluster(config.train, config.trace)
         directory.write_json("config.json", config.model_dump(mode="json"))
         yield Run(config, inputs, directory, progress)
 
@@ -97,7 +98,8 @@ def make_rows(run: Run) -> Rows:
             raise TracingError("There are no traces yet. Run raydistill trace first.")
         kept = keep(traces, run.config.trace, has_metric=task.metric is not None)
         rejected = count_rejections(traces, kept)
-        rows, counts = render_rows(kept, task.program, task.adapter, folding)
+        prompts = predictor_prompts(task.program)
+        rows, counts = render_rows(kept, prompts, task.adapter, folding)
         dev = {example_id(example) for example in run.inputs.dev}
         split = {
             "train": [row.to_json() for row in rows if row.example_id not in dev],
@@ -120,41 +122,24 @@ def make_rows(run: Run) -> Rows:
 
 def train(run: Run, rows: Rows) -> None:
     """Fine-tune the student on the rows; its best checkpoint becomes ``student/``."""
-    from distill.training.job import train as fine_tune
-
-    config, directory, identity = run.config, run.directory, _student_identity(run, rows)
-    with run.progress.stage("train") as stage:
-        if export.is_current(directory, identity):
-            stage.update(1, 1, "the student is up to date")
-            return
-        result = fine_tune(
-            train_rows=rows.train,
-            val_rows=rows.val,
-            student=config.student,
-            train=config.train.model_copy(update={"use_gpu": preflight.use_gpu(config)}),
-            storage=directory.join("checkpoints"),
-            name=identity[:12],
-            on_event=summary.show_training(stage, run.progress),
-        )
-        # Before the student, whose presence says that all of this is done.
-        directory.write_json("training.json", asdict(result))
-        export.write_student(directory, config, run.inputs, rows.outputs, result, identity)
-        stage.update(1, 1, summary.describe_training(result))
+    fine_tune(_fine_tuning(run, rows), run.progress)
 
 
 def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
     """Compare teacher, base and student on the test set; leaves ``report.json`` and more."""
     config, inputs, directory = run.config, run.inputs, run.directory
-    identity = _student_identity(run, rows)
-    if not export.is_current(directory, identity):
+    job = _fine_tuning(run, rows)
+    if not job.is_done():
         raise TrainingError(
             f"{directory.join('student')}: is not the student of these traces and this "
             "configuration. Run raydistill train first."
         )
     report = build_report(
-        arms=_run_arms(run, identity, spent_usd=rows.tracing["cost_usd"] or 0.0),
+        arms=_run_arms(run, job.identity(), spent_usd=rows.tracing["cost_usd"] or 0.0),
         tracing=rows.tracing,
-        training=summary.training_section(directory.read_json("training.json")),
+        training=summary.training_section(
+            directory.read_json(f"{export.STUDENT}/{export.TRAINING}")
+        ),
         leakage={"test_in_train": count_leaks([*inputs.train, *inputs.dev], inputs.test)},
         run=summary.run_section(directory, config),
         folding=rows.folding,
@@ -168,20 +153,34 @@ def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
     return report
 
 
-def _student_identity(run: Run, rows: Rows) -> str:
-    """Changes with whatever makes the student another one."""
-    config, inputs = run.config, run.inputs
-    recipe = config.train.model_dump(exclude={"logging_steps", "use_gpu"})
-    folding = inputs.folding.to_json() if inputs.folding else None
-    program = [config.program, config.data.inputs, program_fingerprint(inputs.task), folding]
-    base = [config.student.model_dump(), preflight.base_fingerprint(config.student.model)]
-    return fingerprint([rows.fingerprint, recipe, program, base])
+def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
+    config, task, folding = run.config, run.inputs.task, run.inputs.folding
+    profile = export.make_profile(
+        predictor_prompts(task.program),
+        task.adapter,
+        folding,
+        program=task.program,
+        program_path=config.program,
+        fingerprint=program_fingerprint(task),
+        inputs=config.data.inputs,
+        outputs=rows.outputs,
+    )
+    return FineTuning(
+        train_rows=rows.train,
+        val_rows=rows.val,
+        rows_fingerprint=rows.fingerprint,
+        student=config.student,
+        train=config.train,
+        profile=profile,
+        directory=run.directory,
+        folder=export.STUDENT,
+    )
 
 
 def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[ExampleResult] | None]:
     config, test = run.config, run.inputs.test
     teacher = teacher_lm(config.teacher.lm)
-    num_gpus = 1 if preflight.use_gpu(config) else 0
+    num_gpus = 1 if preflight.use_gpu(config.train) else 0
     jobs = {"teacher": _teacher_job(run, test, spent_usd)}
     models = {"student": (run.directory.join("student"), identity)}
     if config.student.model != SCRATCH:

@@ -12,7 +12,7 @@ from typing import Any
 import dspy
 
 from distill import datasets, programs, rows
-from distill.config import SCRATCH, RunConfig
+from distill.config import SCRATCH, RunConfig, TraceConfig, TrainConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
 from distill.training.deepspeed_config import make_deepspeed_config
@@ -46,38 +46,67 @@ def load(config: RunConfig) -> Inputs:
     train, dev = _training_data(config)
     test = datasets.load_examples(config.data.test, config.data)
     programs.check_inputs(task.program, config.data.inputs)
-    prompts = rows.check_renderable(task.program, task.adapter)
-    make_deepspeed_config(
-        config.train, num_workers=config.train.num_workers, use_gpu=False, bf16_supported=True
-    )
+    prompts = rows.predictor_prompts(task.program)
+    rendered = rows.check_renderable(prompts, task.adapter)
     folding = None
     if config.student.prompt == "folded":
-        folding = rows.learn_folding(task.program, task.adapter)
-    if config.student.model != SCRATCH:
-        # Imported here: it brings torch, which a scratch student's check does not need.
-        from distill.training.base_model import check_base_model
-
-        full = config.student.prompt == "full" or folding is None or folding.unfoldable
-        check_base_model(config.student.model, prompts if full else ())
+        folding = Folding.learn(prompts, task.adapter)
+    check_training(config.student.model, config.train, rendered if _any_full(folding) else ())
     return Inputs(task, train, dev, test, folding)
 
 
-def check_cluster(config: RunConfig) -> None:
+def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messages] = ()) -> None:
+    """See that a student of this model can be trained by this recipe.
+
+    Args:
+        model: ``scratch``, or a Hugging Face directory or id.
+        train: The recipe.
+        prompts: Full prompts that the model's chat template has to render.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    make_deepspeed_config(train, num_workers=train.num_workers, use_gpu=False, bf16_supported=True)
+    if model != SCRATCH:
+        # Imported here: it brings torch, which a scratch student's check does not need.
+        from distill.training.base_model import check_base_model
+
+        check_base_model(model, prompts)
+
+
+def check_cluster(train: TrainConfig, trace: TraceConfig) -> None:
     """Check that the connected cluster can hold the run.
 
     Raises:
         ConfigurationError: More workers or actors are asked for than fit.
     """
-    kind = "GPU" if use_gpu(config) else "CPU"
-    _check_fits("train.num_workers", config.train.num_workers, kind)
-    _check_fits("trace.actors", config.trace.actors, "CPU")
+    check_workers(train)
+    check_actors(trace)
 
 
-def use_gpu(config: RunConfig) -> bool:
+def check_actors(trace: TraceConfig) -> None:
+    """Check that the connected cluster can hold the tracing actors.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    _check_fits("trace.actors", trace.actors, "CPU")
+
+
+def check_workers(train: TrainConfig) -> None:
+    """Check that the connected cluster can hold the training workers.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    _check_fits("train.num_workers", train.num_workers, "GPU" if use_gpu(train) else "CPU")
+
+
+def use_gpu(train: TrainConfig) -> bool:
     """Whether training uses GPUs: as configured, or if the cluster has any."""
-    if config.train.use_gpu == "auto":
+    if train.use_gpu == "auto":
         return capacity("GPU") > 0
-    return config.train.use_gpu
+    return train.use_gpu
 
 
 def estimate(inputs: Inputs) -> dict[str, Any]:
@@ -86,7 +115,8 @@ def estimate(inputs: Inputs) -> dict[str, Any]:
     Every predictor is taken to be called once an example, and a token to be four
     characters, so loops and branches are not seen.
     """
-    prompts = rows.check_renderable(inputs.task.program, inputs.task.adapter)
+    program, adapter = inputs.task.program, inputs.task.adapter
+    prompts = rows.check_renderable(rows.predictor_prompts(program), adapter)
     num_examples = len(datasets.distinct([*inputs.train, *inputs.dev, *inputs.test]))
     characters = sum(len(str(message["content"])) for prompt in prompts for message in prompt)
     values = [sum(len(str(v)) for v in e.inputs().toDict().values()) for e in inputs.train]
@@ -120,6 +150,10 @@ def base_fingerprint(model: str) -> Any:
         return model
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return [model, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
+
+
+def _any_full(folding: Folding | None) -> bool:
+    return folding is None or bool(folding.unfoldable)
 
 
 def _check_teacher(settings: dict[str, Any]) -> None:

@@ -10,26 +10,51 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
 import dspy
 
 from distill.datasets import canonical_json
+from serve.dspy_lm import lm_identity
 from serve.errors import ConfigurationError
 from serve.programs import build_program, describe_signature, entry_point, import_object
 
 Metric = Callable[..., Any]
 
+# The run decides these itself, or they belong to the process.
+_NOT_CARRIED = {
+    "adapter",
+    "branch_idx",
+    "caller_modules",
+    "caller_predict",
+    "callbacks",
+    "disable_history",
+    "lm",
+    "max_history_size",
+    "max_trace_size",
+    "provide_traceback",
+    "send_stream",
+    "stream_listeners",
+    "trace",
+    "track_usage",
+    "usage_tracker",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is run over examples: the program, the adapter that renders it, the metric."""
+    """What is run over examples: the program, the adapter that renders it, the metric.
+
+    ``settings`` are those of DSPy's that the program may read, such as its retriever ``rm``.
+    """
 
     program: dspy.Module
     adapter: dspy.Adapter
     metric: Metric | None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def dumps(self) -> bytes:
         """The task as bytes that another process can load.
@@ -41,11 +66,31 @@ class Task:
         try:
             return cloudpickle.dumps(self)
         except Exception as error:
-            culprit = _unpicklable(self.program, "program") or "the metric or adapter"
+            culprit = self._unpicklable()
             raise ConfigurationError(
                 f"{culprit} cannot be sent to Ray's workers: {error}. Create clients, locks and "
                 "open files when the program first needs them, not in __init__."
             ) from error
+
+    def _unpicklable(self) -> str:
+        """What it is that cannot be carried."""
+        settings = SimpleNamespace(**self.settings)
+        rest = SimpleNamespace(metric=self.metric, adapter=self.adapter)
+        return (
+            _unpicklable(self.program, "program")
+            or _unpicklable(settings, "dspy.settings")
+            or _unpicklable(rest, "the task's")
+            or "the program"
+        )
+
+
+def carried_settings() -> dict[str, Any]:
+    """What a program may read of DSPy's settings as they are here, for another process."""
+    return {
+        name: value
+        for name, value in dspy.settings.copy().items()
+        if name not in _NOT_CARRIED and value is not None
+    }
 
 
 def load_task(program_path: str, metric_path: str | None) -> Task:
@@ -64,11 +109,16 @@ def load_task(program_path: str, metric_path: str | None) -> Task:
             "(example, prediction, trace=None)."
         )
     # A program may set its adapter when it is imported or built.
-    return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric)
+    return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric, carried_settings())
 
 
-def check_inputs(program: dspy.Module, inputs: Sequence[str]) -> None:
+def check_inputs(program: dspy.Module, inputs: Sequence[str], setting: str = "data.inputs") -> None:
     """Check that ``program(**inputs)`` is a call that it accepts.
+
+    Args:
+        program: The program.
+        inputs: Their names.
+        setting: What the error calls them.
 
     Raises:
         ConfigurationError: The program lacks one of the inputs or requires another.
@@ -79,15 +129,15 @@ def check_inputs(program: dspy.Module, inputs: Sequence[str]) -> None:
         parameters.bind(**dict.fromkeys(inputs))
     except TypeError as error:
         raise ConfigurationError(
-            f"data.inputs={list(inputs)} does not fit the program's "
+            f"{setting}={list(inputs)} does not fit the program's "
             f"{forward.__name__}{parameters}: {error}."
         ) from None
-    # A module that takes whatever comes, as DSPy's own do, hands it to its one predictor.
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.parameters.values())
+    # DSPy's own modules take whatever comes and hand it to their one predictor.
     expected = set(program.predictors()[0].signature.input_fields)
-    if takes_all and len(program.predictors()) == 1 and expected != set(inputs):
+    hands_on = _is_dspys(type(program)) and len(program.predictors()) == 1
+    if hands_on and expected != set(inputs):
         raise ConfigurationError(
-            f"data.inputs={list(inputs)} does not fit the program's signature, whose inputs are "
+            f"{setting}={list(inputs)} does not fit the program's signature, whose inputs are "
             f"{sorted(expected)}."
         )
 
@@ -104,7 +154,7 @@ def program_fingerprint(task: Task) -> str:
             "signature": describe_signature(predictor.signature),
             "demos": [dict(demo) for demo in predictor.demos],
             "config": predictor.config,
-            "lm": predictor.lm.dump_state() if predictor.lm else None,
+            "lm": lm_identity(predictor.lm) if predictor.lm else None,
         }
         for name, predictor in task.program.named_predictors()
     }
@@ -114,12 +164,14 @@ def program_fingerprint(task: Task) -> str:
     kinds = {kind for module in own.values() for kind in type(module).__mro__}
     code = sorted(_code_of(kind) for kind in kinds if not _is_dspys(kind) and kind is not object)
     adapter = [type(task.adapter).__qualname__, _state_of(task.adapter)]
-    return fingerprint([predictors, state, code, adapter])
+    settings = {name: [_plain(value), _state_of(value)] for name, value in task.settings.items()}
+    return fingerprint([predictors, state, code, adapter, settings])
 
 
 def metric_fingerprint(metric: Metric) -> str:
-    """Changes when the metric's code does."""
-    return fingerprint(_code_of(metric))
+    """Changes when the metric's code does, or what it holds of where it was defined."""
+    held = inspect.getclosurevars(metric).nonlocals if inspect.isfunction(metric) else {}
+    return fingerprint([_code_of(metric), {name: _plain(value) for name, value in held.items()}])
 
 
 def fingerprint(value: Any) -> str:
@@ -133,7 +185,8 @@ def _is_dspys(kind: type) -> bool:
 
 def _state_of(thing: Any) -> dict[str, Any]:
     """A thing's attributes: their values where these have a JSON form, else their types."""
-    return {name: _plain(value) for name, value in vars(thing).items() if name != "history"}
+    state = getattr(thing, "__dict__", {})
+    return {name: _plain(value) for name, value in state.items() if name != "history"}
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ matches. Which traces are kept is decided here as well.
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import dspy
@@ -19,6 +19,10 @@ from serve.errors import ConfigurationError
 from serve.folding import Folding
 
 logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+Prompts = Mapping[str, tuple[type[dspy.Signature], Sequence[Any]]]
+"""The signature and the demos of predictors, by their names."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,12 @@ class RowCounts:
     missing_output: int = 0
     unrenderable: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: "RowCounts") -> None:
+        """Count what another rendering has counted as well."""
+        for name in ("folded", "full", "unknown_predictor", "missing_output"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.unrenderable += other.unrenderable
+
 
 def keep(traces: Iterable[Trace], config: TraceConfig, has_metric: bool) -> list[Trace]:
     """The traces to learn from: finished ones that pass the metric, if it filters."""
@@ -61,13 +71,15 @@ def count_rejections(traces: Sequence[Trace], kept: Sequence[Trace]) -> dict[str
     return {reason: reasons[reason] for reason in ("metric", "parse", "error")}
 
 
-def learn_folding(program: dspy.Module, adapter: dspy.Adapter) -> Folding:
-    """The folding of a program's predictors under an adapter."""
-    named = program.named_predictors()
-    return Folding.learn({name: (p.signature, p.demos) for name, p in named}, adapter)
+def predictor_prompts(program: dspy.Module, exclude_demos: bool = False) -> Prompts:
+    """What each of a program's predictors puts into its prompts, by the predictor's name."""
+    return {
+        name: (predictor.signature, [] if exclude_demos else predictor.demos)
+        for name, predictor in program.named_predictors()
+    }
 
 
-def check_renderable(program: dspy.Module, adapter: dspy.Adapter) -> list[list[dict[str, Any]]]:
+def check_renderable(prompts: Prompts, adapter: dspy.Adapter) -> list[Messages]:
     """See that the adapter can render every predictor's prompts and answers.
 
     Returns:
@@ -77,9 +89,8 @@ def check_renderable(program: dspy.Module, adapter: dspy.Adapter) -> list[list[d
     Raises:
         ConfigurationError: The adapter does not render answers.
     """
-    prompts = []
-    for name, predictor in program.named_predictors():
-        signature = predictor.signature
+    rendered = []
+    for name, (signature, demos) in prompts.items():
         try:
             adapter.format_assistant_message_content(
                 signature, dict.fromkeys(signature.output_fields, "")
@@ -91,55 +102,63 @@ def check_renderable(program: dspy.Module, adapter: dspy.Adapter) -> list[list[d
             ) from None
         try:
             blank = dict.fromkeys(signature.input_fields, "")
-            prompts.append(adapter.format(signature, predictor.demos, blank))
+            rendered.append(adapter.format(signature, demos, blank))
         # Which types refuse an empty value, and how, is up to each of them.
         except Exception as error:
-            logger.info("No blank prompt of %s: %s", name, error)
-    return prompts
+            logger.info("The prompt of %s cannot be rendered empty: %s", name, error)
+    return rendered
 
 
 def render_rows(
     traces: Iterable[Trace],
-    program: dspy.Module,
+    prompts: Prompts,
     adapter: dspy.Adapter,
-    folding: Folding | None,
+    folding: Folding | None = None,
 ) -> tuple[list[Row], RowCounts]:
-    """Render every predictor call as the conversation that would lead to its answer.
+    """One row for each predictor call, in order.
 
     Args:
         traces: The traces to learn from.
-        program: Gives each predictor's signature and demos, by name.
-        adapter: Renders prompts and completions.
+        prompts: The predictors whose calls are rendered, and how.
+        adapter: Renders prompts and answers.
         folding: None leaves the prompts full.
     """
-    predictors = dict(program.named_predictors())
     rows, counts = [], RowCounts()
     for trace in traces:
         for call in trace.calls:
-            predictor = predictors.get(call.predictor or "")
-            if predictor is None:
+            prompt = prompts.get(call.predictor or "")
+            if prompt is None:
                 counts.unknown_predictor += 1
-            elif _lacks_output(call, predictor.signature):
+            elif _lacks_output(call, prompt[0]):
                 counts.missing_output += 1
             else:
-                row = _render(call, predictor, adapter, folding, trace.example_id, counts)
+                row = _render(call, *prompt, adapter, trace.example_id, counts)
                 rows.extend([row] if row else [])
+    if folding:
+        rows = [fold_row(row, folding) for row in rows]
+    counts.folded = sum(row.folded for row in rows)
+    counts.full = len(rows) - counts.folded
     return rows, counts
+
+
+def fold_row(row: Row, folding: Folding) -> Row:
+    """The row without its scaffold; as it is where it does not match."""
+    folded = folding.fold_row(row.messages)
+    return replace(row, messages=folded.messages, folded=True) if folded else row
 
 
 def _render(
     call: PredictorCall,
-    predictor: dspy.Predict,
+    signature: type[dspy.Signature],
+    demos: Sequence[Any],
     adapter: dspy.Adapter,
-    folding: Folding | None,
     example_id: str,
     counts: RowCounts,
 ) -> Row | None:
-    signature = predictor.signature
     inputs = revive(call.inputs, signature.input_fields)
     outputs = revive(call.outputs, signature.output_fields)
     try:
-        prompt = adapter.format(signature, predictor.demos, inputs)
+        prompt = adapter.format(signature, list(demos), inputs)
         answer = adapter.format_assistant_message_content(signature, outputs)
         answer.encode()  # Half of a surrogate pair is no text that a tokenizer takes.
     # Adapters are the user's to write, and one value of a field type may be what breaks
@@ -149,15 +168,7 @@ def _render(
         logger.warning("A call of %s cannot be rendered: %s", call.predictor, error)
         return None
     messages = [*prompt, {"role": "assistant", "content": answer}]
-    folded = folding.fold_row(messages) if folding else None
-    counts.folded += folded is not None
-    counts.full += folded is None
-    return Row(
-        messages=folded.messages if folded else messages,
-        predictor=call.predictor or "",
-        example_id=example_id,
-        folded=folded is not None,
-    )
+    return Row(messages, call.predictor or "", example_id, folded=False)
 
 
 def _reason(trace: Trace) -> str:

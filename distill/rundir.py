@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class RunDir:
             # Object stores replace whole objects, so a plain write is atomic there.
             self._fs.pipe_file(path, text.encode())
             return
-        temporary = f"{path}.{os.getpid()}.tmp"
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -117,23 +118,25 @@ class RunDir:
         What was there before goes away. A kill in the middle never leaves a half that could
         be taken for the whole: ``seal`` is a file in the folder that comes last.
         """
-        parent = self._root if self.is_local else None
-        if parent:
-            for left_over in Path(parent).glob(f".{name}-*"):
+        path = Path(self._root, name)
+        if self.is_local:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left_over in path.parent.glob(f".{path.name}-*"):
                 shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
-            folder = Path(temporary) / name
+        parent = path.parent if self.is_local else None
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=parent) as temporary:
+            folder = Path(temporary) / path.name
             folder.mkdir()
             yield folder
-            path = f"{self._root}/{name}"
-            if self._fs.exists(path):
-                self._fs.rm(path, recursive=True)
+            target = f"{self._root}/{name}"
+            if self._fs.exists(target):
+                self._fs.rm(target, recursive=True)
             if self.is_local:
-                os.replace(folder, path)
+                os.replace(folder, target)
                 return
             files = [file for file in folder.rglob("*") if file.is_file()]
             for file in sorted(files, key=lambda file: file == folder / seal):
-                self._fs.put_file(str(file), f"{path}/{file.relative_to(folder).as_posix()}")
+                self._fs.put_file(str(file), f"{target}/{file.relative_to(folder).as_posix()}")
 
     @contextlib.contextmanager
     def appending(self, name: str) -> Iterator[Path]:

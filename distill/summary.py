@@ -76,15 +76,20 @@ def describe_inputs(inputs: Inputs) -> str:
 
 def describe_rows(num_rows: int, counts: RowCounts, rejected: Mapping[str, int]) -> str:
     """The rows in a line, with what was left out and why."""
-    parts = [f"{num_rows} rows, {counts.folded} folded"]
+    return ", ".join(
+        [f"{num_rows} rows, {counts.folded} folded", *describe_left_out(counts, rejected)]
+    )
+
+
+def describe_left_out(counts: RowCounts, rejected: Mapping[str, int]) -> list[str]:
+    """What did not become rows, and why."""
     left_out = {
         **{f"rejected by {reason}": count for reason, count in rejected.items()},
         "calls of no known predictor": counts.unknown_predictor,
         "calls without an output": counts.missing_output,
         "calls that cannot be rendered": sum(counts.unrenderable.values()),
     }
-    parts += [f"{count} {what}" for what, count in left_out.items() if count]
-    return ", ".join(parts)
+    return [f"{count} {what}" for what, count in left_out.items() if count]
 
 
 def describe_training(result: Any) -> str:

@@ -1,65 +1,36 @@
-"""The Ray Serve application: what is deployed, with which resources, and how it is run.
+"""The Ray Serve application: a student, its program in front of it, and how they are run.
 
 ``build`` is what ``serve deploy`` imports; ``run`` starts the same on this machine or the
-connected cluster. This is the only place where plain classes become deployments.
+connected cluster. A student alone, without HTTP, is for ``launch``.
 """
 
 import contextlib
-import logging
 import os
 import socket
 import time
 import urllib.request
-from typing import Annotated, Any, Literal
 
 import ray
 import ray.serve
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from ray.serve.exceptions import RayServeException
-from ray.serve.schema import LoggingConfig
 
-from serve import cluster
+from serve import deployments, running
 from serve.errors import ConfigurationError, StudentError
 from serve.files import absolute
-from serve.program_server import ProgramServer, read_api_key
-from serve.student import load_student
-from serve.student_server import StudentServer
-
-logger = logging.getLogger(__name__)
+from serve.program_server import read_api_key
+from serve.student import Manifest, load_student
 
 APP_NAME = "raydistill"
 HEALTHY_TIMEOUT_S = 60
 
-# One batch runs while the next one gathers.
-STUDENT_BATCHES_ONGOING = 2
-PROGRAM_REQUESTS_ONGOING = 128
 
-# What keeps a replica from starting is seldom gone at the next try.
-CONSTRUCTOR_RETRIES = 2
-
-# Together they fit a machine of two cores; Serve's own actors reserve none.
-STUDENT_CPUS = 1
-PROGRAM_CPUS = 0.5
-
-
-class AppArgs(BaseModel):
+class AppArgs(deployments.Scale):
     """What an application is built from; the ``args`` of serve.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     student: str
     """The student directory: a local path or an fsspec URI, such as ``s3://bucket/student``."""
     name: str = "student"
     """The model name at ``/v1``."""
-    min_replicas: Annotated[int, Field(ge=1)] = 1
-    max_replicas: Annotated[int, Field(ge=1)] = 1
-    max_batch_size: Annotated[int, Field(ge=1)] = 32
-    max_queued_requests: Annotated[int, Field(ge=1)] = 256
-    """Requests that may wait for a replica; the next one is told to try again."""
-    use_gpu: bool | Literal["auto"] = "auto"
-    """Give each replica of the student a GPU; ``auto`` does where the cluster has one."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key callers must send."""
 
@@ -78,52 +49,14 @@ def build(args: AppArgs) -> ray.serve.Application:
 def _check(args: AppArgs) -> None:
     """Find here and now what would otherwise fail on a replica, again and again."""
     read_api_key(args.api_key_env)
-    load_student(args.student)
+    if Manifest.load(args.student).program is not None:
+        load_student(args.student)
 
 
 def _application(args: AppArgs) -> ray.serve.Application:
     student_dir = absolute(args.student)
-    student = _deployment(
-        StudentServer,
-        args,
-        ongoing=STUDENT_BATCHES_ONGOING * args.max_batch_size,
-        resources={"num_cpus": STUDENT_CPUS, "num_gpus": int(_use_gpu(args))},
-        # As many threads as reserved cores: more of them only get into each other's way.
-    ).bind(student_dir, args.max_batch_size, STUDENT_CPUS)
-    return _deployment(
-        ray.serve.ingress()(ProgramServer),
-        args,
-        ongoing=PROGRAM_REQUESTS_ONGOING,
-        resources={"num_cpus": PROGRAM_CPUS},
-    ).bind(student, student_dir, args.name, args.api_key_env, PROGRAM_REQUESTS_ONGOING)
-
-
-def _use_gpu(args: AppArgs) -> bool:
-    if args.use_gpu == "auto":
-        return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
-    return args.use_gpu
-
-
-def _check_room(args: AppArgs) -> None:
-    least = args.min_replicas
-    needed = {"CPU": least * (STUDENT_CPUS + PROGRAM_CPUS), "GPU": least * _use_gpu(args)}
-    cluster.check_room(needed, f"serve.replicas.min={least}")
-
-
-def _deployment(kind: Any, args: AppArgs, ongoing: int, resources: dict[str, float]) -> Any:
-    return ray.serve.deployment(
-        kind,
-        ray_actor_options=resources,
-        max_ongoing_requests=ongoing,
-        max_queued_requests=args.max_queued_requests,
-        max_constructor_retry_count=CONSTRUCTOR_RETRIES,
-        backpressure_config=BackpressureConfig(retry_after_s=1),
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=args.min_replicas,
-            max_replicas=args.max_replicas,
-            target_ongoing_requests=ongoing / 2,
-        ),
-    )
+    student = deployments.student(args, student_dir)
+    return deployments.program(args, student, student_dir, args.name, args.api_key_env)
 
 
 class Server:
@@ -157,45 +90,23 @@ def run(args: AppArgs, host: str = "127.0.0.1", port: int = 8000) -> Server:
     _check(args)
     url = _url(host, port)
     with contextlib.ExitStack() as started:
-        if not ray.is_initialized():
-            started.callback(ray.shutdown)
-            cluster.connect()
-        _check_room(args)
-        if not ray.serve.status().proxies:
-            started.callback(_stop_serve)
-        started.callback(_delete)
-        try:
-            ray.serve.start(
-                proxy_location="HeadOnly",
-                http_options={"host": host, "port": port},
-                logging_config=_quiet(),
-            )
-            application = _application(args)
-            ray.serve.run(application, name=APP_NAME, route_prefix="/", logging_config=_quiet())
-            _wait_until_healthy(url)
-        except (RuntimeError, RayServeException) as error:
-            raise StudentError(f"{args.student}: cannot be served: {_reason(error)}") from error
+        running.connect(started)
+        cpus = deployments.STUDENT_CPUS + deployments.PROGRAM_CPUS
+        deployments.check_room(args.min_replicas, args, cpus, "serve.replicas.min")
+        _check_http()
+        running.start_serve(started, "HeadOnly", host=host, port=port)
+        started.callback(running.delete, APP_NAME)
+        running.deploy(_application(args), APP_NAME, "/", args.student)
+        _wait_until_healthy(url)
         return Server(url, started.pop_all())
 
 
-def _delete() -> None:
-    if APP_NAME in ray.serve.status().applications:
-        ray.serve.delete(APP_NAME)
-
-
-def _stop_serve() -> None:
-    # Somebody else may have deployed to it since.
-    if not ray.serve.status().applications:
-        ray.serve.shutdown()
-
-
-def _reason(error: BaseException) -> str:
-    """What kept the replicas from starting, where Serve knows; else the error itself."""
-    application = ray.serve.status().applications.get(APP_NAME)
-    deployments = application.deployments.values() if application else ()
-    messages = [deployment.message.strip() for deployment in deployments if deployment.message]
-    # A message may hold the replica's traceback, whose last line names the error.
-    return "; ".join(message.splitlines()[-1] for message in messages) or str(error)
+def _check_http() -> None:
+    if running.is_serving() and not ray.serve.status().proxies:
+        raise ConfigurationError(
+            "Ray Serve runs on this cluster without HTTP, as it does for launched students. Kill "
+            "those first (lm.kill()), or serve on another cluster."
+        )
 
 
 def serve_yaml(args: AppArgs, host: str = "127.0.0.1", port: int = 8000) -> str:
@@ -228,11 +139,6 @@ def _check_port(host: str, port: int) -> None:
             raise ConfigurationError(
                 f"cannot listen on {host}:{port} ({error}). Choose another with --port."
             ) from None
-
-
-def _quiet() -> LoggingConfig:
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    return LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def _url(host: str, port: int) -> str:

@@ -12,8 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.engines.base import ChatRequest, ChatResult, RequestError
-from serve.student_lm import Complete
+from serve.engines.base import ChatRequest, ChatResult, Complete, RequestError
 
 
 class ChatError(Exception):

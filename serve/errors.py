@@ -37,5 +37,9 @@ class TrainingError(DistillError, RuntimeError):
     """Training could not start, or did not end with a student."""
 
 
+class TrainingCancelled(DistillError, RuntimeError):
+    """Training was told to stop, and did; the same call goes on from what was saved."""
+
+
 class StudentError(DistillError, RuntimeError):
     """A student directory that cannot be loaded or served."""

@@ -19,9 +19,8 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve import chat_api
-from serve.engines.base import RequestError
+from serve.engines.base import Complete, Overloaded, RequestError
 from serve.program_runner import ProgramRunner
-from serve.student_lm import Complete
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +28,6 @@ HEALTH_TIMEOUT_S = 10
 MAX_MESSAGE_CHARS = 1_000
 TRY_AGAIN = "The student is overloaded; try again."
 RETRY = {"Retry-After": "1"}
-
-
-class Overloaded(Exception):
-    """The student has no room for another request now."""
 
 
 class ErrorDetail(BaseModel):
@@ -49,7 +44,7 @@ class ErrorReply(BaseModel):
 
 
 def build(
-    runner: ProgramRunner,
+    runner: ProgramRunner | None,
     complete: Complete,
     status: Callable[[], Awaitable[dict[str, Any]]],
     name: str,
@@ -58,15 +53,15 @@ def build(
     """The application.
 
     Args:
-        runner: Runs the program.
+        runner: Runs the program; None for a student without one, which has no ``/predict``.
         complete: Completes one chat; raises ``Overloaded`` where there is no room.
         status: What ``/healthz`` says of the student; raises if it does not answer.
         name: The student's model name.
         api_key: What callers must send as a bearer token; None lets everyone in.
     """
     app = FastAPI(title=f"{name} (raydistill)")
-    _add_predict(app, runner)
-
+    if runner:
+        _add_predict(app, runner)
     _add_healthz(app, status)
     app.include_router(chat_api.router(complete, name))
     app.add_exception_handler(chat_api.ChatError, chat_api.on_chat_error)

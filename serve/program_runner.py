@@ -11,10 +11,11 @@ from typing import Any
 
 import dspy
 
+from serve.dspy_lm import student_adapter, student_lm
+from serve.engines.base import Complete
 from serve.programs import runs_async
 from serve.schema import Form, input_form, output_form, to_json
 from serve.student import load_student
-from serve.student_lm import Complete, StudentLM, student_adapter
 
 
 class ProgramRunner:
@@ -49,7 +50,7 @@ class ProgramRunner:
             Exception: Whatever the program raises.
         """
         loop = asyncio.get_running_loop()
-        lm = StudentLM(self._complete, loop, self._name)
+        lm = student_lm(self._complete, loop, self._name)
         # A trace and histories of its own: DSPy's process-wide ones would keep every prompt.
         context = dspy.context(lm=lm, adapter=self._adapter, disable_history=True, trace=[])
         if runs_async(self._program):

@@ -7,18 +7,19 @@ A plain class; ``app`` makes a Ray Serve deployment of it. What the routes do is
 import os
 from typing import Any
 
-from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serve import http_api
-from serve.engines.base import ChatRequest, ChatResult, RequestError
+from serve.engines.base import Overloaded
 from serve.errors import ConfigurationError
+from serve.handles import completing
 from serve.program_runner import ProgramRunner
+from serve.student import Manifest
 
 
 class ProgramServer:
-    """Serves the program of a student directory.
+    """Serves the program of a student directory, if it has one, and the student at ``/v1``.
 
     Args:
         student: Handle to the ``StudentServer`` deployment.
@@ -37,30 +38,22 @@ class ProgramServer:
         concurrency: int,
     ) -> None:
         self._student = student
+        self._complete = completing(student)
         self._name = name
         self._api_key = read_api_key(api_key_env)
-        self._runner = ProgramRunner(student_dir, self._complete, concurrency, name)
+        self._runner = None
+        if Manifest.load(student_dir).program is not None:
+            self._runner = ProgramRunner(student_dir, self._complete, concurrency, name)
 
     def __serve_build_asgi_app__(self) -> Any:
         """The routes; Ray Serve asks for them once, on the replica."""
         return http_api.build(self._runner, self._complete, self._status, self._name, self._api_key)
 
-    async def _complete(self, request: ChatRequest) -> ChatResult:
-        try:
-            return await self._student.complete.remote(request)
-        except BackPressureError as error:
-            raise http_api.Overloaded(str(error)) from error
-        except RayTaskError as error:
-            # Its own text is the replica's whole traceback.
-            if isinstance(error.cause, RequestError):
-                raise error.cause from None
-            raise
-
     async def _status(self) -> dict[str, int]:
         try:
             return await self._student.status.remote()
         except BackPressureError as error:
-            raise http_api.Overloaded(str(error)) from error
+            raise Overloaded(str(error)) from error
 
 
 def read_api_key(variable: str | None) -> str | None:

@@ -71,6 +71,18 @@ def build_program(path: str) -> "dspy.Module":
     return program
 
 
+def import_path(program: "dspy.Module") -> str | None:
+    """The import path of a program's class, if that makes such a program by itself."""
+    kind = type(program)
+    if kind.__module__ == "__main__" or not kind.__qualname__.isidentifier():
+        return None
+    try:
+        inspect.signature(kind).bind()
+    except (TypeError, ValueError):
+        return None
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
 def runs_async(program: "dspy.Module") -> bool:
     """Whether the program itself, not only DSPy beneath it, defines ``aforward``."""
     # DSPy's own modules have both; a thread costs them less than an event loop does.

@@ -31,8 +31,9 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
-    program: str
-    """Import path of the factory, ``package.module:factory``."""
+    program: str | None
+    """Import path of the factory, ``package.module:factory``; null for a student that answers
+    LM calls alone."""
     inputs: list[str]
     outputs: list[str]
     predictors: dict[str, Any]
@@ -95,8 +96,8 @@ def load_student(student_dir: str | os.PathLike[str]) -> Student:
     """Load the program and the adapter, and see that their prompts are still the same.
 
     Raises:
-        StudentError: Something is missing or damaged, or the prompts are not those that the
-            student was trained on.
+        StudentError: Something is missing or damaged, the student has no program, or the
+            prompts are not those that it was trained on.
     """
     manifest = Manifest.load(student_dir)
     program = load_program(student_dir)
@@ -112,10 +113,15 @@ def load_program(student_dir: str | os.PathLike[str]) -> "dspy.Module":
     Its predictors have no LM of their own: whoever calls it sets one in the context.
 
     Raises:
-        StudentError: The program does not import, or its predictors are not those that
+        StudentError: There is none, it does not import, or its predictors are not those that
             the student was made for.
     """
     manifest = Manifest.load(student_dir)
+    if manifest.program is None:
+        raise StudentError(
+            f"{student_dir}: the student has no program that can be imported, it answers LM calls "
+            "alone. Use it as dspy.LM('raydistill/<student>'), or at /v1 of raydistill serve."
+        )
     program = build_program(manifest.program)
     path = _within(student_dir, PROGRAM)
     state = {name: _without_lm(value) for name, value in _read_json(path).items()}

@@ -63,7 +63,12 @@ class RunFolder:
             },
             "trace": {"concurrency": 4},
             "student": {"scratch": TINY},
-            "train": {"num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1},
+            "train": {
+                "num_train_epochs": 2,
+                "per_device_train_batch_size": 8,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+            },
         }
         for section, values in self.changes.items():
             old = config.get(section)

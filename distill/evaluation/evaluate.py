@@ -7,12 +7,9 @@ store, so an evaluation that was interrupted goes on where it stopped.
 import asyncio
 import dataclasses
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import dspy
-import huggingface_hub
 
 from distill.datasets import example_id
 from distill.evaluation.report import ExampleResult
@@ -20,9 +17,10 @@ from distill.programs import Task
 from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
 from distill.tracing.trace import FailureKind, Trace
 from distill.tracing.tracer import with_current_score
-from serve.files import local_folder
-
-CONNECTION = {"api_base", "base_url", "api_version", "cache", "num_retries", "timeout", "headers"}
+from serve.batcher import Batcher
+from serve.dspy_lm import CONNECTION, student_adapter
+from serve.dspy_lm import student_lm as answering_lm
+from serve.models import load_engine
 
 
 def teacher_lm(settings: dict[str, Any]) -> LmSpec:
@@ -83,26 +81,12 @@ def scored_traces(job: Collection) -> list[Trace]:
 
 def for_student(task: Task) -> Task:
     """The task as a student runs it: without DSPy's second try in another format."""
-    from serve.student_lm import student_adapter
-
     return dataclasses.replace(task, adapter=student_adapter(task.adapter))
 
 
 def _make_student_lm(model: str, num_threads: int | None) -> dspy.BaseLM:
-    from distill.training.base_model import CHAT_TEMPLATE
-    from serve.batcher import Batcher
-    from serve.engines.transformers import TransformersEngine
-    from serve.student_lm import StudentLM
-
-    with _local_model(model) as folder:
-        engine = TransformersEngine(folder, num_threads, CHAT_TEMPLATE)
-    return StudentLM(Batcher(engine).complete, asyncio.get_running_loop(), "student")
-
-
-def _local_model(model: str) -> AbstractContextManager[Path]:
-    if "://" in model or Path(model).is_dir():
-        return local_folder(model)
-    return nullcontext(Path(huggingface_hub.snapshot_download(model)))
+    batcher = Batcher(load_engine(model, num_threads))
+    return answering_lm(batcher.complete, asyncio.get_running_loop())
 
 
 def _result(trace: Trace, example: dspy.Example) -> ExampleResult:

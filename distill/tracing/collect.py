@@ -117,7 +117,8 @@ def _resume(job: Collection, examples: Mapping[str, Any]) -> tuple[Counts, deque
     done = job.store.latest(examples)
     failures = [trace for trace in done.values() if trace.failure]
     # A run that failures stopped is started again because their cause was mended.
-    retry_all = too_many_failed(len(failures), len(done), job.limits, len(examples))
+    stopped = too_many_failed(len(failures), len(done), job.limits, len(examples))
+    retry_all = stopped or len(failures) == len(done)
     repeat = {trace.key for trace in failures if retry_all or _is_passing(trace)}
     counts = Counts()
     for trace in done.values():

@@ -8,20 +8,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from distill.tracing.trace import Failure, FailureKind
+from serve.dspy_lm import HOPELESS
 
 MIN_SAMPLE = 20
-
-# DSPy 3.4's names, and those of litellm, which DSPy 3.1 lets through.
-HOPELESS = {
-    "LMAuthError",
-    "LMBillingError",
-    "LMConfigurationError",
-    "LMNotConfiguredError",
-    "LMUnsupportedModelError",
-    "AuthenticationError",
-    "PermissionDeniedError",
-    "NotFoundError",
-}
 
 
 class StopReason(StrEnum):

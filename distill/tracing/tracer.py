@@ -29,6 +29,7 @@ from distill.tracing.trace import (
     total_usage,
 )
 from distill.tracing.values import jsonable, revive_prediction
+from serve.dspy_lm import call_usage, is_lm_error, metered
 from serve.programs import runs_async
 
 MAX_MESSAGE_CHARS = 2_000
@@ -69,13 +70,14 @@ class Tracer:
         judge: dspy.BaseLM | None = None,
     ) -> None:
         self._task = task
-        self._lm = _metered(lm)
+        self._lm = metered(lm, _record)
         self._judge = judge or lm
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")
         self._metric = metric_fingerprint(task.metric) if task.metric else None
         named = task.program.named_predictors()
         for _, predictor in named:
-            predictor.lm = None if override_lms or not predictor.lm else _metered(predictor.lm)
+            own = None if override_lms else predictor.lm
+            predictor.lm = metered(own, _record) if own else None
         self._by_identity = {id(predictor): name for name, predictor in named}
         self._by_stage = _unique((predictor.stage, name) for name, predictor in named)
 
@@ -107,6 +109,7 @@ class Tracer:
         start = time.perf_counter()
         try:
             with dspy.context(
+                **self._task.settings,
                 lm=self._lm,
                 adapter=self._task.adapter,
                 trace=run.steps,
@@ -134,7 +137,7 @@ class Tracer:
 
         def score() -> Score:
             # The metric may ask an LM of its own, but must not add steps to the trace.
-            with dspy.context(lm=self._judge, adapter=self._task.adapter, trace=None):
+            with judging(self._task, self._judge):
                 return score_prediction(metric, self._metric or "", example, run.prediction)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
@@ -143,6 +146,14 @@ class Tracer:
         # Programs copy predictors as they run (retries, best of n): a copy keeps its stage.
         name = self._by_identity.get(id(predictor)) or self._by_stage.get(predictor.stage)
         return PredictorCall(name, jsonable(inputs), jsonable(dict(outputs.items())))
+
+
+def judging(task: Task, judge: dspy.BaseLM) -> contextlib.AbstractContextManager[None]:
+    """The settings that a metric finds."""
+    manager: contextlib.AbstractContextManager[None] = dspy.context(
+        **task.settings, lm=judge, adapter=task.adapter, trace=None
+    )
+    return manager
 
 
 def score_prediction(
@@ -173,19 +184,9 @@ def with_current_score(
     if task.metric is None or identity is None:
         return dataclasses.replace(trace, score=None)
     prediction = revive_prediction(trace.prediction, task.program)
-    with dspy.context(lm=judge, adapter=task.adapter, trace=None):
+    with judging(task, judge):
         score = score_prediction(task.metric, identity, example, prediction)
     return dataclasses.replace(trace, score=score)
-
-
-def _metered(lm: dspy.BaseLM) -> dspy.BaseLM:
-    """A copy that records its calls with the example they are for.
-
-    Overriding ``update_history`` also keeps DSPy's process-wide histories from growing.
-    """
-    metered = lm.copy()
-    metered.update_history = _record
-    return metered
 
 
 def _record(entry: dict[str, Any]) -> None:
@@ -210,29 +211,18 @@ def _checked(prediction: Any) -> dspy.Prediction:
 
 
 def _usage(entry: dict[str, Any]) -> Usage:
-    usage = entry.get("usage") or {}
-    return Usage(
-        calls=1,
-        prompt_tokens=usage.get("prompt_tokens"),
-        completion_tokens=usage.get("completion_tokens"),
-        cost_usd=entry.get("cost"),
-    )
+    prompt_tokens, completion_tokens, cost_usd = call_usage(entry)
+    return Usage(1, prompt_tokens, completion_tokens, cost_usd)
 
 
 def _failure(error: Exception) -> Failure:
     if isinstance(error, AdapterParseError):
         kind = FailureKind.PARSE
-    elif _is_lm_error(error):
+    elif is_lm_error(error):
         kind = FailureKind.TEACHER
     else:
         kind = FailureKind.PROGRAM
     return Failure(kind, type(error).__name__, _describe(error))
-
-
-def _is_lm_error(error: BaseException) -> bool:
-    # DSPy 3.4 wraps them in LMError; DSPy 3.1 lets litellm's own errors through.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"LMError", "OpenAIError"})
 
 
 def _describe(error: BaseException) -> str:

@@ -140,6 +140,11 @@ def count_steps(num_rows: int, world_size: int, micro_batch_size: int, accumulat
     return -(-num_rows // (world_size * micro_batch_size * accumulation))
 
 
+def derive_seed(*numbers: int) -> int:
+    """One seed from several numbers, such as a seed, a step and a rank."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def collate(rows: EncodedRows, indices: Sequence[int], prompt_weight: float, pad_id: int) -> Batch:
     """The arrays of one micro batch.
 

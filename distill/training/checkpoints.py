@@ -1,11 +1,14 @@
-"""What an epoch leaves behind, and how training goes on from it.
+"""What training leaves behind on its way, and how it goes on from there.
 
-A checkpoint holds ``engine/``, DeepSpeed's own state of every rank, and ``model/``, a plain
-Hugging Face directory that needs nothing of ours to load. Ray Train stores it.
+A checkpoint holds ``engine/``, DeepSpeed's own state of every rank, and after an epoch also
+``model/``, a plain Hugging Face directory that needs nothing of ours to load. Ray Train
+stores it. When one is saved is for ``loop``.
 """
 
+import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,24 @@ ENGINE_TAG = "engine"
 MODEL_FOLDER = "model"
 SCORE = "quality"
 """The metric by which Ray Train chooses the checkpoint that it keeps."""
+
+# Finite, since it goes through JSON: within an epoch there is no student to choose.
+_WORST = -sys.float_info.max
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training has come.
+
+    Attributes:
+        history: A summary of each finished epoch.
+        losses: Of the steps done in the epoch under way.
+        seconds: Spent on these.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def quality(epoch: Mapping[str, Any]) -> float:
@@ -31,35 +52,53 @@ def quality(epoch: Mapping[str, Any]) -> float:
     return epoch["val_exact"] - 1e-6 * epoch["val_loss"]
 
 
-def report_epoch(engine: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
-    """Save a checkpoint and report it with its metrics to Ray Train. Every rank calls it.
+def save_step(engine: Any, position: Position) -> None:
+    """Save the state within an epoch, to go on from there. Every rank calls it."""
+    metrics = {SCORE: _WORST, "history": position.history}
+    with tempfile.TemporaryDirectory(prefix="raydistill-checkpoint-") as folder:
+        _report(engine, folder, position, metrics)
+
+
+def save_epoch(engine: Any, position: Position, tokenizer: Any) -> None:
+    """Save the state and the student after an epoch. Every rank calls it.
 
     Args:
         engine: The DeepSpeed engine.
+        position: Where training is; its last epoch's summary goes to Ray Train.
         tokenizer: Saved beside the weights.
-        metrics: Plain JSON values; they come back from ``resume``.
     """
+    summary = position.history[-1]
+    metrics = {
+        **summary,
+        SCORE: quality(summary),
+        "history": position.history,
+        "num_parameters": _num_parameters(engine.module),
+    }
     with tempfile.TemporaryDirectory(prefix="raydistill-checkpoint-") as folder:
-        engine.save_checkpoint(folder, tag=ENGINE_TAG, client_state={"metrics": metrics})
         export_model(engine, tokenizer, Path(folder) / MODEL_FOLDER)
-        dist.barrier()
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        _report(engine, folder, position, metrics)
 
 
-def resume(engine: Any) -> dict[str, Any] | None:
+def _report(engine: Any, folder: str, position: Position, metrics: dict[str, Any]) -> None:
+    engine.save_checkpoint(folder, tag=ENGINE_TAG, client_state={"position": asdict(position)})
+    dist.barrier()
+    ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def resume(engine: Any) -> Position:
     """Load the latest checkpoint into the engine, if there is one. Every rank calls it.
 
     Returns:
-        The metrics it was saved with; None where training starts anew.
+        Where it was saved; the beginning where there is none.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return None
+        return Position()
     with checkpoint.as_directory() as folder:
         _, client_state = engine.load_checkpoint(folder, tag=ENGINE_TAG)
         # Ranks of a node share a downloaded copy; none may leave while others read.
         dist.barrier()
-    return client_state["metrics"]
+    return Position(**client_state["position"])
 
 
 def export_model(engine: Any, tokenizer: Any, folder: Path) -> None:
@@ -68,6 +107,11 @@ def export_model(engine: Any, tokenizer: Any, folder: Path) -> None:
     if dist.get_rank() == 0:
         engine.module.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+
+def _num_parameters(model: torch.nn.Module) -> int:
+    # Under ZeRO-3 a parameter holds only its part; ds_numel is the whole.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,8 +1,7 @@
-"""A training run: rows in, a trained student out, through Ray Train.
+"""A training job: rows in, a trained student out.
 
-Owns what happens on the driver: base model and tokens are made once, workers are started,
-their progress is passed on, and the best checkpoint is named. Ray is already connected. What
-a worker does is in ``loop``.
+Owns what is made once, on the driver: the base model and the tokens before, the name of the
+best checkpoint after. Ray is already connected. Running the workers is for ``fit``.
 """
 
 import json
@@ -14,10 +13,6 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import ray
-import ray.train
-import ray.train.torch
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distill.config import SCRATCH, StudentConfig, TrainConfig
 from distill.rundir import RunDir
@@ -27,13 +22,12 @@ from distill.training.base_model import (
     make_scratch,
     max_positions,
 )
-from distill.training.batches import EncodedRows, count_steps
+from distill.training.batches import count_steps
 from distill.training.checkpoints import MODEL_FOLDER, SCORE
 from distill.training.encoding import Conversation, encode
-from distill.training.loop import train_loop_per_worker
-from distill.training.mailbox import Event, run_with_events
-from distill.training.resources import cpus_per_worker
-from serve.errors import DistillError, TrainingError
+from distill.training.fit import Data, fit
+from distill.training.mailbox import Event
+from serve.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +40,8 @@ class TrainingResult:
     """What training led to.
 
     Attributes:
-        model_dir: Folder or URI of the best checkpoint's plain Hugging Face directory.
+        model_dir: Folder or URI of the best checkpoint's plain Hugging Face directory; the
+            last one's where ``save_strategy`` is ``no``.
         rows: Rows trained on in each epoch.
         val_rows: Rows that the validation loss is of.
         dropped_rows: Rows left out of either because they are too long.
@@ -80,14 +75,6 @@ class TrainingResult:
     history: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Data:
-    train: EncodedRows
-    val: EncodedRows
-    num_dropped: int
-    base: str
-
-
 def train(
     *,
     train_rows: str,
@@ -97,8 +84,11 @@ def train(
     storage: str,
     name: str,
     on_event: Callable[[Event], None],
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train a student on rows, or go on where an earlier call of the same name stopped.
+
+    Any thread may call it, and several at once: each waits until the cluster has room for it.
 
     Args:
         train_rows: Rows file; its rows are learned, and give a scratch student its tokens.
@@ -107,14 +97,22 @@ def train(
         train: How it is trained.
         storage: Ray Train's ``storage_path``, a folder or URI that all nodes reach.
         name: Ray Train's run name; other rows or settings need another one.
-        on_event: Called in this thread with ``train_step`` and ``train_epoch`` events.
+        on_event: Called in this thread with ``train_start``, ``train_step`` and
+            ``train_epoch`` events. Each tells ``step`` of ``num_steps`` optimizer steps and
+            ``epoch`` of ``num_epochs``; what came before an interruption counts as done.
+        cancelled: Asked in this thread, about twice a second, whether to stop. The workers
+            then stop at their next logging step; what was saved before is kept, so that the
+            same call goes on from there. A job that ends first is not cancelled any more.
 
     Raises:
         ConfigurationError: The student model cannot be used.
         TrainingError: There is nothing to train on, or training failed.
+        TrainingCancelled: ``cancelled`` said so; the workers are gone.
     """
     data = _prepare(train_rows, val_rows, student, train, RunDir(f"{storage}/{name}"))
-    result = _fit(data, student, train, storage, name, on_event)
+    result = fit(
+        data, student, train, storage=storage, name=name, on_event=on_event, cancelled=cancelled
+    )
     history = result.metrics["history"]
     checkpoint, best = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
     return TrainingResult(
@@ -154,7 +152,7 @@ def read_rows(path: str) -> list[Conversation]:
 
 def _prepare(
     train_rows: str, val_rows: str, student: StudentConfig, train: TrainConfig, run: RunDir
-) -> _Data:
+) -> Data:
     run.create()
     conversations, held_out = read_rows(train_rows), read_rows(val_rows)
     base = student.model
@@ -181,94 +179,10 @@ def _prepare(
         )
     if dropped or val_dropped:
         logger.warning("%d rows are longer than %d tokens.", dropped + val_dropped, longest)
-    return _Data(train=rows, val=val, num_dropped=dropped + val_dropped, base=base)
+    return Data(train=rows, val=val, num_dropped=dropped + val_dropped, base=base)
 
 
-def _fit(
-    data: _Data,
-    student: StudentConfig,
-    train: TrainConfig,
-    storage: str,
-    name: str,
-    on_event: Callable[[Event], None],
-) -> ray.train.Result:
-    use_gpu = _use_gpu(train)
-    cpus = 1 if use_gpu else _cpus_per_worker(train)
-    loop_config = {
-        "train": train.model_dump(),
-        "base": data.base,
-        "prompt_weight": _prompt_weight(student, train),
-        "dropout": student.scratch.dropout if student.model == SCRATCH else 0.0,
-        "use_gpu": use_gpu,
-        "num_threads": cpus,
-        "rows": ray.put(data.train),
-        "val_rows": ray.put(data.val),
-    }
-    scaling_config = ray.train.ScalingConfig(
-        num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus}
-    )
-    run_config = ray.train.RunConfig(
-        storage_path=storage,
-        name=name,
-        failure_config=ray.train.FailureConfig(max_failures=2),
-        checkpoint_config=ray.train.CheckpointConfig(
-            num_to_keep=1,
-            checkpoint_score_attribute=SCORE,
-            checkpoint_score_order="max",
-        ),
-        worker_runtime_env={"env_vars": _worker_environment(use_gpu)},
-    )
-
-    def fit(mailbox: Any) -> ray.train.Result:
-        trainer = ray.train.torch.TorchTrainer(
-            train_loop_per_worker,
-            train_loop_config={**loop_config, "mailbox": mailbox},
-            scaling_config=scaling_config,
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            run_config=run_config,
-        )
-        return trainer.fit()
-
-    try:
-        result = run_with_events(fit, on_event)
-    except TrainingFailedError as error:
-        raise TrainingError(_explain(error)) from error
-    if result.return_value is not None:
-        raise TrainingError(result.return_value)
-    return result
-
-
-def _prompt_weight(student: StudentConfig, train: TrainConfig) -> float:
-    if train.prompt_loss_weight is not None:
-        return train.prompt_loss_weight
-    return 0.3 if student.model == SCRATCH else 0.0
-
-
-def _worker_environment(use_gpu: bool) -> dict[str, str]:
-    if use_gpu:
-        return {"DS_ACCELERATOR": "cuda"}
-    # Batches differ in length, so that glibc would give memory back and take it again in
-    # every step; keeping it makes a small model's steps about a tenth faster.
-    keep = str(1 << 40)
-    return {
-        "DS_ACCELERATOR": "cpu",
-        "MALLOC_TRIM_THRESHOLD_": keep,
-        "MALLOC_MMAP_THRESHOLD_": keep,
-    }
-
-
-def _use_gpu(train: TrainConfig) -> bool:
-    if train.use_gpu != "auto":
-        return train.use_gpu
-    return ray.cluster_resources().get("GPU", 0) >= train.num_workers
-
-
-def _cpus_per_worker(train: TrainConfig) -> int:
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    return cpus_per_worker(nodes, train.num_workers)
-
-
-def _steps_per_epoch(data: _Data, train: TrainConfig) -> int:
+def _steps_per_epoch(data: Data, train: TrainConfig) -> int:
     return count_steps(
         len(data.train),
         train.num_workers,
@@ -277,24 +191,10 @@ def _steps_per_epoch(data: _Data, train: TrainConfig) -> int:
     )
 
 
-def _max_new_tokens(data: _Data) -> int:
+def _max_new_tokens(data: Data) -> int:
     longest = max(
         int(np.add.reduceat(rows.completion, rows.offsets[:-1], dtype=np.int64).max())
         for rows in (data.train, data.val)
         if len(rows)
     )
     return longest + max(16, longest // 2)
-
-
-def _explain(error: TrainingFailedError) -> str:
-    """The message of the failure at the root."""
-    failures = dict(getattr(error, "worker_failures", {}))
-    causes = [failures[rank] for rank in sorted(failures)]
-    causes += [error.controller_failure] if hasattr(error, "controller_failure") else []
-    # A rank that loses its partner fails as well; an error of ours is where it began.
-    ours = [cause for cause in causes if isinstance(cause, DistillError)]
-    cause: BaseException = next(iter(ours or causes), error)
-    while isinstance(inner := getattr(cause, "cause", None), BaseException):
-        cause = inner
-    message = str(cause).strip() or repr(cause)
-    return message if isinstance(cause, DistillError) else f"{type(cause).__name__}: {message}"

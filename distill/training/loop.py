@@ -1,6 +1,6 @@
 """The training loop that each Ray Train worker runs.
 
-Data, engine, steps, validation, checkpoint, report: the whole of it reads from
+Data, engine, steps, validation, checkpoint, progress: the whole of it reads from
 ``train_loop_per_worker`` down. What is trained on is decided in ``batches``, how in
 ``engine``, what is left behind in ``checkpoints``; ``job`` starts it.
 """
@@ -16,30 +16,38 @@ import torch.distributed as dist
 
 from distill.config import TrainConfig
 from distill.training.base_model import load_tokenizer, local_base
-from distill.training.batches import Batch, EncodedRows, Step, collate, count_steps, plan_epoch
-from distill.training.checkpoints import SCORE, quality, report_epoch, resume
+from distill.training.batches import (
+    Batch,
+    EncodedRows,
+    Step,
+    collate,
+    count_steps,
+    derive_seed,
+    plan_epoch,
+)
+from distill.training.checkpoints import Position, resume, save_epoch, save_step
 from distill.training.engine import start_engine, validate_batch, weighted_loss_sum
-from serve.errors import TrainingError
+from serve.errors import DistillError, TrainingCancelled, TrainingError
 
 
-def train_loop_per_worker(config: dict[str, Any]) -> str | None:
-    """Train the student, an epoch at a time, from the latest checkpoint on.
+def train_loop_per_worker(config: dict[str, Any]) -> DistillError | None:
+    """Train the student, from the latest checkpoint on.
 
     Args:
         config: ``train`` (TrainConfig as a dict), ``base`` (Hugging Face directory or id),
             ``prompt_weight``, ``dropout``, ``use_gpu``, ``num_threads``, ``rows`` and
             ``val_rows`` (object references of EncodedRows) and ``mailbox`` (actor that takes
-            progress events).
+            progress events and says when to stop).
 
     Returns:
-        Why training cannot go on, where trying again would end the same way; else None.
+        Why training ended early, where it must not be tried again; else None.
     """
     torch.set_num_threads(config["num_threads"])
     try:
         Training(config).run()
-    except TrainingError as error:
+    except (TrainingError, TrainingCancelled) as error:
         # Returned, since Ray Train would run a loop that raises again, to the same end.
-        return str(error)
+        return error
     return None
 
 
@@ -71,66 +79,85 @@ class Training:
             )
 
     def run(self) -> None:
-        """Train the epochs that are left."""
-        metrics = resume(self.engine)
-        history = metrics["history"] if metrics else []
-        for epoch in range(len(history) + 1, self.train.num_train_epochs + 1):
-            started = time.monotonic()
-            train_loss = self._train_epoch(epoch)
-            trained_s = time.monotonic() - started
-            val_loss, val_exact = self._validate() if len(self.val_rows) else (None, None)
-            summary = {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "val_loss": val_loss,
-                "val_exact": val_exact,
-                "seconds": time.monotonic() - started,
-                "tokens_per_s": int(self.rows.offsets[-1]) / trained_s,
-            }
-            history = [*history, summary]
-            metrics = {
-                **summary,
-                SCORE: quality(summary),
-                "history": history,
-                "num_parameters": self._num_parameters(),
-            }
-            report_epoch(self.engine, self.tokenizer, metrics)
-            self.progress.send({"event": "train_epoch", **summary}, wait=True)
+        """Train what is left."""
+        position = resume(self.engine)
+        if len(position.history) == self.train.num_train_epochs:
+            return
+        number = self._steps_done(position)
+        self.progress.send(self._event("train_start", len(position.history) + 1, number))
+        self._agree([], number)
+        while len(position.history) < self.train.num_train_epochs:
+            position = self._train_epoch(position)
 
-    def _num_parameters(self) -> int:
-        # Under ZeRO-3 a parameter holds only its part; ds_numel is the whole.
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+    def _train_epoch(self, position: Position) -> Position:
+        """Train the epoch under way to its end, validate and save."""
+        started = time.monotonic()
+        losses = self._train_steps(position)
+        trained_s = position.seconds + time.monotonic() - started
+        val_loss, val_exact = self._validate() if len(self.val_rows) else (None, None)
+        summary = {
+            "epoch": len(position.history) + 1,
+            "train_loss": sum(losses) / len(losses),
+            "val_loss": val_loss,
+            "val_exact": val_exact,
+            "seconds": position.seconds + time.monotonic() - started,
+            "tokens_per_s": int(self.rows.offsets[-1]) / trained_s,
+        }
+        position = Position(history=[*position.history, summary])
+        epoch = len(position.history)
+        if epoch == self.train.num_train_epochs or self.train.save_strategy != "no":
+            save_epoch(self.engine, position, self.tokenizer)
+        event = self._event("train_epoch", epoch, self._steps_done(position))
+        self.progress.send({**event, **summary}, wait=True)
+        return position
 
-    def _train_epoch(self, epoch: int) -> float:
-        """One pass over all rows; returns the mean loss of a step."""
+    def _train_steps(self, position: Position) -> list[float]:
+        """The steps that are left of the epoch under way; returns the losses of all its steps."""
         self.engine.train()
-        # Each rank's own, and the same whether or not the run was interrupted before.
-        torch.manual_seed((self.train.seed * 10_000 + epoch) * 10_000 + self.rank)
+        started = since = time.monotonic()
+        losses, window, tokens = list(position.losses), [], 0
+        epoch = len(position.history) + 1
         plan = self._plan(self.rows, self.prompt_weight, epoch)
-        losses: list[float] = []
-        window: list[torch.Tensor] = []
-        since, tokens = time.monotonic(), 0
-        for number, step in enumerate(plan, start=(epoch - 1) * len(plan) + 1):
-            window.append(self._step(step))
+        first = self._steps_done(position) + 1
+        for number, step in enumerate(plan[len(losses) :], start=first):
+            window.append(self._step(step, number))
             tokens += self._count_tokens(step)
-            if len(window) < self.train.logging_steps and number < epoch * len(plan):
+            ends = number % len(plan) == 0
+            saves = not ends and self._saves_at(number)
+            if not (ends or saves or number % self.train.logging_steps == 0):
                 continue
-            losses += self._agree(window, number)
-            self.progress.send(
-                {
-                    "event": "train_step",
-                    "step": number,
-                    "num_steps": self.train.num_train_epochs * len(plan),
-                    "epoch": epoch,
-                    "loss": sum(losses[-len(window) :]) / len(window),
-                    "tokens_per_s": tokens / (time.monotonic() - since),
-                }
-            )
+            agreed = self._agree(window, number)
+            losses += agreed
+            event = self._event("train_step", epoch, number)
+            event["loss"] = sum(agreed) / len(agreed)
+            event["tokens_per_s"] = tokens / (time.monotonic() - since)
+            self.progress.send(event)
+            if saves:
+                seconds = position.seconds + time.monotonic() - started
+                save_step(self.engine, Position(position.history, list(losses), seconds))
             window, since, tokens = [], time.monotonic(), 0
-        return sum(losses) / len(losses)
+        return losses
 
-    def _step(self, step: Step) -> torch.Tensor:
+    def _saves_at(self, number: int) -> bool:
+        return self.train.save_strategy == "steps" and number % self.train.save_steps == 0
+
+    def _steps_done(self, position: Position) -> int:
+        return len(position.history) * self.steps_per_epoch + len(position.losses)
+
+    def _event(self, name: str, epoch: int, number: int) -> dict[str, Any]:
+        """An event after so many steps, with all that a progress bar needs."""
+        return {
+            "event": name,
+            "step": number,
+            "num_steps": self.steps_per_epoch * self.train.num_train_epochs,
+            "epoch": epoch,
+            "num_epochs": self.train.num_train_epochs,
+        }
+
+    def _step(self, step: Step, number: int) -> torch.Tensor:
         """Train on one step; returns this rank's part of its loss."""
+        # Each rank's own, and the same whether or not the run was interrupted before.
+        torch.manual_seed(derive_seed(self.train.seed, number, self.rank))
         # DeepSpeed averages over ranks and micro batches, where the loss of a step is one
         # mean over the tokens of all of them.
         scale = self.world_size * self.train.gradient_accumulation_steps / step.loss_weight
@@ -177,13 +204,19 @@ class Training:
         )
 
     def _agree(self, window: Sequence[torch.Tensor], last: int) -> list[float]:
-        """The losses of the steps up to ``last``, summed over ranks."""
-        losses = torch.stack(list(window))
-        dist.all_reduce(losses)
+        """The losses of the steps up to ``last``, summed over ranks.
+
+        Raises:
+            TrainingCancelled: On all ranks, where rank 0 has been told to stop.
+        """
+        cancelled = torch.tensor(float(self.progress.is_cancelled()), device=self.engine.device)
+        sums = torch.stack([cancelled, *window])
+        dist.all_reduce(sums)
+        stop, *losses = sums.tolist()
+        if stop:
+            raise TrainingCancelled(f"Training was cancelled after step {last}.")
         first = last - len(window) + 1
-        agreed = [
-            _finite(loss, f"the loss of step {first + i}") for i, loss in enumerate(losses.tolist())
-        ]
+        agreed = [_finite(loss, f"the loss of step {first + i}") for i, loss in enumerate(losses)]
         if self.engine.skipped_steps and not self.engine.fp16_enabled():
             # DeepSpeed passes over such steps in silence; only fp16 is meant to have some.
             raise TrainingError(_diverged(f"a gradient of steps {first} to {last}", "infinite"))
@@ -195,10 +228,14 @@ class Training:
 
 
 class Progress:
-    """Sends events to the driver, from rank 0 only."""
+    """Talks with the driver, from rank 0 only."""
 
     def __init__(self, mailbox: Any | None) -> None:
         self._mailbox = mailbox
+
+    def is_cancelled(self) -> bool:
+        """Whether the driver wants training to stop."""
+        return self._mailbox is not None and ray.get(self._mailbox.is_cancelled.remote())
 
     def send(self, event: dict[str, Any], wait: bool = False) -> None:
         """Send an event; with ``wait``, until it and all before it have arrived."""

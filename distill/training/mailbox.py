@@ -1,7 +1,8 @@
-"""Progress events on their way from a worker to a callback on the driver."""
+"""Progress events on their way from a worker to the driver, and word to stop on its way back."""
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import ray
@@ -14,10 +15,11 @@ _POLL_S = 0.5
 
 
 class Mailbox:
-    """Holds events until they are taken."""
+    """Holds events until they are taken, and whether the workers are to stop."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._cancelled = False
 
     def put(self, event: Event) -> None:
         """Add an event."""
@@ -28,8 +30,21 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
+    def cancel(self) -> None:
+        """Tell the workers to stop."""
+        self._cancelled = True
 
-def run_with_events(work: Callable[[Any], T], on_event: Callable[[Event], None]) -> T:
+    def is_cancelled(self) -> bool:
+        """Whether the workers are to stop."""
+        return self._cancelled
+
+
+def run_with_events(
+    work: Callable[[Any], T],
+    on_event: Callable[[Event], None],
+    cancelled: Callable[[], bool] = lambda: False,
+    on_start: Callable[[], None] = lambda: None,
+) -> T:
     """Do work in a thread, and hand its events to a callback in this one meanwhile.
 
     An interrupt reaches the caller at once. Ray Train's ``fit``, called in the main thread,
@@ -37,18 +52,40 @@ def run_with_events(work: Callable[[Any], T], on_event: Callable[[Event], None])
 
     Args:
         work: Called with an actor handle of a ``Mailbox``.
-        on_event: What it raises is raised here; the work then ends when Ray does.
+        on_event: What it raises is raised here; the work is then told to stop.
+        cancelled: Asked meanwhile; the work is told to stop when it says so.
+        on_start: Called before the first event.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="training")
+    started = told = finished = False
+    running = _in_thread(lambda: work(mailbox))
     try:
-        running = pool.submit(work, mailbox)
-        finished = False
         while not finished:
             finished = bool(wait([running], timeout=_POLL_S).done)
             for event in ray.get(mailbox.take.remote()):
+                if not started:
+                    started = True
+                    on_start()
                 on_event(event)
-        return running.result()
-    finally:
-        pool.shutdown(wait=False)
+            if not told and cancelled():
+                told = True
+                mailbox.cancel.remote()
+    except BaseException:
+        mailbox.cancel.remote()
+        raise
+    return running.result()
+
+
+def _in_thread(work: Callable[[], T]) -> "Future[T]":
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: once interrupted, the process ends without waiting for the workers to stop.
+    threading.Thread(target=run, name="training", daemon=True).start()
+    return future

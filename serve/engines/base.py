@@ -4,7 +4,7 @@ Owns the request and result of one chat completion and the face that every engin
 How requests arrive together is for ``batcher``, how text is made for the engines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,10 @@ from serve.errors import DistillError
 
 class RequestError(DistillError, ValueError):
     """A request that cannot be answered as it is; others are none the worse for it."""
+
+
+class Overloaded(DistillError, RuntimeError):
+    """The student has no room for another request now; it may have in a moment."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class ChatResult:
     completion_tokens: int
     folded: bool
     """Whether the prompt was folded; False where a request came in another layout."""
+
+
+Complete = Callable[[ChatRequest], Awaitable[ChatResult]]
+"""Answers one request; ``Batcher.complete`` is one."""
 
 
 class Engine(Protocol):

@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +15,11 @@ import pytest
 import ray
 import torch
 import torch.nn.functional as F
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.config import StudentConfig, TrainConfig
@@ -21,7 +29,7 @@ from distill.training.engine import parameter_groups
 from distill.training.job import train
 from distill.training.mailbox import run_with_events
 from distill.training.schedule import learning_rate_factor
-from serve.errors import TrainingError
+from serve.errors import TrainingCancelled, TrainingError
 
 pytestmark = pytest.mark.integration
 
@@ -66,7 +74,13 @@ def write_rows(folder, num_rows=50, num_val_rows=10):
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
 
-def run(folder, student=SCRATCH, on_event=lambda event: None, name="run", **settings):
+def never():
+    return False
+
+
+def run(
+    folder, student=SCRATCH, on_event=lambda event: None, name="run", cancelled=never, **settings
+):
     defaults = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "logging_steps": 2}
     return train(
         train_rows=str(folder / "train.jsonl"),
@@ -76,6 +90,7 @@ def run(folder, student=SCRATCH, on_event=lambda event: None, name="run", **sett
         storage=str(folder / "checkpoints"),
         name=name,
         on_event=on_event,
+        cancelled=cancelled,
     )
 
 
@@ -147,6 +162,10 @@ def test_every_step_and_epoch_is_told_in_order(trained):
     epochs = [event["epoch"] for event in events if event["event"] == "train_epoch"]
     assert steps == list(range(1, result.steps + 1))
     assert epochs == list(range(1, EPOCHS + 1))
+    assert (events[0]["event"], events[0]["step"]) == ("train_start", 0)
+    for event in events:
+        assert (event["num_steps"], event["num_epochs"]) == (result.steps, EPOCHS)
+        assert 50 * (event["epoch"] - 1) <= event["step"] <= 50 * event["epoch"]
 
 
 def test_a_finished_run_is_not_trained_again(trained):
@@ -268,6 +287,77 @@ def test_the_first_interrupt_still_reaches_the_caller_after_training(trained):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_without_saving_on_the_way_a_run_starts_anew_and_its_last_student_is_the_result(tmp_path):
+    write_rows(tmp_path, num_rows=200)
+    settings = {"save_strategy": "no", "num_train_epochs": 15}
+    told, again = threading.Event(), []
+
+    def cancel_after_the_first_epoch(event):
+        if event["epoch"] == 2:
+            told.set()
+
+    with pytest.raises(TrainingCancelled):
+        run(tmp_path, on_event=cancel_after_the_first_epoch, cancelled=told.is_set, **settings)
+    assert checkpoints(tmp_path) == []
+    result = run(tmp_path, on_event=again.append, **settings)
+    assert again[0]["step"] == 0
+    assert [epoch["epoch"] for epoch in result.history] == list(range(1, 16))
+    assert result.best_epoch == 15
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def checkpoints(folder):
+    return [path for path in (folder / "checkpoints" / "run").glob("checkpoint_*") if path.is_dir()]
+
+
+def test_a_job_in_a_thread_is_cancelled_together_and_goes_on_when_called_again(tmp_path):
+    write_rows(tmp_path, num_rows=200)
+    settings = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 4}
+    events, told = [], threading.Event()
+
+    def note(event):
+        events.append(event)
+        if event["step"] > 6:
+            told.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run, tmp_path, on_event=note, cancelled=told.is_set, **settings)
+        with pytest.raises(TrainingCancelled, match=r"after step \d+"):
+            job.result()
+        wait_until_free()
+        again = []
+        finished = pool.submit(run, tmp_path, on_event=again.append, **settings).result()
+    assert events[-1]["step"] < finished.steps
+    # Steps that are saved: every fifth, and the last of each epoch of 13.
+    assert again[0]["step"] in {5, 10, 13, 15, 20, 25, 26, 30, 35, 39, 40, 45, 50}
+    assert again[0]["step"] <= events[-1]["step"] + 1
+    assert len(finished.history) == 4
+
+
+def test_a_job_that_waits_for_room_can_be_cancelled_and_asks_for_nothing_any_more(tmp_path):
+    write_rows(tmp_path)
+    wait_until_free()
+    taken = placement_group([{"CPU": 2}])
+    ray.get(taken.ready())
+    answers = iter([False, False, True])
+    try:
+        with pytest.raises(TrainingCancelled, match="before its workers"):
+            run(tmp_path, cancelled=lambda: next(answers))
+    finally:
+        remove_placement_group(taken)
+    wait_until_free()
+    states = [group["state"] for group in placement_group_table().values()]
+    assert set(states) == {"REMOVED"}
+
+
+def wait_until_free():
+    """Wait until both CPUs are free; Ray takes a moment to say so."""
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < 2:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+
+
 KILLED = """
 import os, signal, sys
 import ray
@@ -276,21 +366,40 @@ sys.path[:0] = [{repository!r}, {tests!r}]
 from test_training import WITH_DROPOUT, run
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
          runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}}}}})
-def die_in_the_second_epoch(event):
-    if event["event"] == "train_step" and event["epoch"] == 2:
+def die(event):
+    if event["event"] == "train_step" and event["step"] >= {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-settings = dict(num_train_epochs=3, logging_steps=1)
-run(Path({folder!r}), WITH_DROPOUT, on_event=die_in_the_second_epoch, **settings)
+run(Path({folder!r}), WITH_DROPOUT, on_event=die, **{settings!r})
 """
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
-    write_rows(tmp_path / "killed")
-    write_rows(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("num_rows", "step", "first_steps", "strategy"),
+    [
+        # Epochs of 7 steps, killed in the second.
+        (50, 8, {8, 15}, {"num_train_epochs": 3}),
+        # An epoch of 100 steps, far from its end when it is killed.
+        (
+            800,
+            21,
+            {21, 41, 61},
+            {"save_strategy": "steps", "save_steps": 20, "num_train_epochs": 1},
+        ),
+    ],
+    ids=["epoch", "steps"],
+)
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
+    tmp_path, num_rows, step, first_steps, strategy
+):
+    settings = {"logging_steps": 1, "per_device_train_batch_size": 4, **strategy}
+    write_rows(tmp_path / "killed", num_rows)
+    write_rows(tmp_path / "whole", num_rows)
     script = KILLED.format(
         repository=str(REPOSITORY),
         tests=str(Path(__file__).parent),
         folder=str(tmp_path / "killed"),
+        step=step,
+        settings=settings,
     )
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     killed = subprocess.run(
@@ -298,12 +407,17 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     events = []
-    settings = {"num_train_epochs": 3, "logging_steps": 1}
     resumed = run(tmp_path / "killed", WITH_DROPOUT, on_event=events.append, **settings)
     whole = run(tmp_path / "whole", WITH_DROPOUT, **settings)
-    assert min(event["epoch"] for event in events) == 2
-    losses = [
-        [(epoch["train_loss"], epoch["val_loss"]) for epoch in result.history]
+    assert events[0]["step"] + 1 in first_steps
+    measured = ("epoch", "train_loss", "val_loss", "val_exact")
+    histories = [
+        [{key: epoch[key] for key in measured} for epoch in result.history]
         for result in (resumed, whole)
     ]
-    assert losses[0] == [pytest.approx(epoch, rel=1e-3) for epoch in losses[1]]
+    assert histories[0] == histories[1]
+    weights = [
+        AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=torch.float32).state_dict()
+        for result in (resumed, whole)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

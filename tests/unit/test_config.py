@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 
+from distill.config import RunConfig
 from distill.config_file import load_config
 from serve.errors import ConfigurationError
 
@@ -34,7 +35,30 @@ def test_defaults_are_those_of_the_design(write):
     assert config.student.model == "scratch"
     assert config.student.prompt == "folded"
     assert config.train.zero_stage == 2
-    assert config.train.learning_rate == 5e-5
+    assert config.train.save_strategy == "epoch"
+
+
+def test_a_model_is_fine_tuned_as_transformers_would(write):
+    train = load_config(write({"student": {"model": "org/m"}})).train
+    assert (train.learning_rate, train.num_train_epochs) == (5e-5, 3)
+    assert (train.per_device_train_batch_size, train.weight_decay) == (8, 0.01)
+
+
+def test_a_scratch_student_gets_a_recipe_of_its_own(write):
+    train = load_config(write()).train
+    assert (train.learning_rate, train.num_train_epochs) == (1e-3, 12)
+    assert (train.per_device_train_batch_size, train.weight_decay) == (32, 0.1)
+
+
+def test_a_given_value_wins_even_where_it_is_the_default_of_fine_tuning(write):
+    train = load_config(write({"train": {"learning_rate": 5e-5, "weight_decay": 0.0}})).train
+    assert (train.learning_rate, train.weight_decay) == (5e-5, 0.0)
+    assert train.num_train_epochs == 12
+
+
+def test_a_configuration_written_down_whole_says_the_same_again(write):
+    config = load_config(write())
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
@@ -78,6 +102,10 @@ def test_overrides_are_read_as_yaml(write):
         ({"train": {"num_worker": 2}}, "did you mean num_workers?"),
         ({"train": {"num_workers": "two"}}, "train.num_workers"),
         ({"train": {"zero_stage": 7}}, "train.zero_stage"),
+        ({"train": {"seed": -1}}, "train.seed"),
+        ({"train": {"save_strategy": "never"}}, "'no', 'epoch' or 'steps'"),
+        ({"train": {"epochs": 2}}, "did you mean num_train_epochs? Known keys: "),
+        ({"int": 2}, "int: unknown key"),
         ({"train": {"learning_rate": -1}}, "train.learning_rate"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
         ({"trace": {"budget_usd": -1}}, "trace.budget_usd"),

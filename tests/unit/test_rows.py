@@ -9,10 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import TraceConfig
-from distill.rows import check_renderable, count_rejections, keep, learn_folding, render_rows
+from distill.rows import (
+    check_renderable,
+    count_rejections,
+    keep,
+    predictor_prompts,
+    render_rows,
+)
 from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage
 from distill.tracing.values import allows_none, jsonable, revive, revive_prediction
 from serve.errors import ConfigurationError
+from serve.folding import Folding
 from tests import programs
 
 
@@ -48,7 +55,7 @@ def test_a_metric_error_is_not_a_rejection_where_all_is_kept():
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()])
 def test_a_full_row_is_what_the_adapter_says(adapter):
     program = programs.TwoSteps()
-    rows, _ = render_rows([trace([judged()])], program, adapter, None)
+    rows, _ = render_rows([trace([judged()])], predictor_prompts(program), adapter)
     (row,) = rows
     assert row.predictor == "judge"
     assert row.messages[:-1] == adapter.format(program.judge.signature, [], {"text": "sun"})
@@ -59,9 +66,9 @@ def test_a_full_row_is_what_the_adapter_says(adapter):
 def test_a_folded_row_unfolds_to_the_full_one():
     program, adapter = programs.TwoSteps(), dspy.ChatAdapter()
     traces = [trace([judged(), PredictorCall("answer", {"text": "a", "mood": "b"}, {"reply": ""})])]
-    full, _ = render_rows(traces, program, adapter, None)
-    folding = learn_folding(program, adapter)
-    folded, counts = render_rows(traces, program, adapter, folding)
+    full, _ = render_rows(traces, predictor_prompts(program), adapter)
+    folding = Folding.learn(predictor_prompts(program), adapter)
+    folded, counts = render_rows(traces, predictor_prompts(program), adapter, folding)
     assert counts.folded == 2
     for before, after in zip(full, folded, strict=True):
         assert folding.unfold_prompt(after.messages[:-1]) == before.messages[:-1]
@@ -77,7 +84,9 @@ def test_calls_that_cannot_teach_are_left_out_and_counted():
         PredictorCall("judge", {"text": "a"}, {"mood": None}),
         judged(),
     ]
-    rows, counts = render_rows([trace(calls)], programs.TwoSteps(), dspy.ChatAdapter(), None)
+    rows, counts = render_rows(
+        [trace(calls)], predictor_prompts(programs.TwoSteps()), dspy.ChatAdapter()
+    )
     assert len(rows) == 1
     assert (counts.unknown_predictor, counts.missing_output) == (2, 1)
 
@@ -87,7 +96,9 @@ def test_an_adapter_that_raises_costs_the_row_not_the_run():
         def format_assistant_message_content(self, signature, outputs, **kwargs):
             raise KeyError("mood")
 
-    rows, counts = render_rows([trace([judged()])], programs.TwoSteps(), Fragile(), None)
+    rows, counts = render_rows(
+        [trace([judged()])], predictor_prompts(programs.TwoSteps()), Fragile()
+    )
     assert rows == []
     assert sum(counts.unrenderable.values()) == 1
 
@@ -98,17 +109,19 @@ def test_an_adapter_that_cannot_write_answers_is_refused_before_any_call():
             raise NotImplementedError
 
     with pytest.raises(ConfigurationError, match="Mute cannot write the answers of answer"):
-        check_renderable(programs.TwoSteps(), Mute())
-    assert len(check_renderable(programs.TwoSteps(), dspy.ChatAdapter())) == 2
+        check_renderable(predictor_prompts(programs.TwoSteps()), Mute())
+    assert len(check_renderable(predictor_prompts(programs.TwoSteps()), dspy.ChatAdapter())) == 2
 
 
 def test_demos_are_part_of_the_prompt_and_fold_away():
     program = programs.TwoSteps()
     program.judge.demos = [dspy.Example(text="fog", mood="bad")]
-    full, _ = render_rows([trace([judged()])], program, dspy.ChatAdapter(), None)
+    full, _ = render_rows([trace([judged()])], predictor_prompts(program), dspy.ChatAdapter())
     assert len(full[0].messages) == 5
-    folding = learn_folding(program, dspy.ChatAdapter())
-    folded, _ = render_rows([trace([judged()])], program, dspy.ChatAdapter(), folding)
+    folding = Folding.learn(predictor_prompts(program), dspy.ChatAdapter())
+    folded, _ = render_rows(
+        [trace([judged()])], predictor_prompts(program), dspy.ChatAdapter(), folding
+    )
     assert len(folded[0].messages) == 2
 
 

@@ -10,12 +10,12 @@ import dspy
 import fsspec
 import pytest
 
+from serve.dspy_lm import call_usage, student_adapter, student_lm
 from serve.engines.base import ChatResult
 from serve.errors import ConfigurationError, StudentError
 from serve.files import absolute, local_folder
 from serve.folding import Folding
 from serve.student import Manifest, load_adapter, load_program, load_student
-from serve.student_lm import StudentLM, student_adapter
 from tests import tiny_student
 
 DEMO = {"text": "a demo", "team": "tech", "urgent": True}
@@ -201,7 +201,7 @@ class Script:
 
 async def test_programs_are_answered_from_threads_and_from_the_loop():
     script = Script()
-    lm = StudentLM(script.complete, asyncio.get_running_loop())
+    lm = student_lm(script.complete, asyncio.get_running_loop())
 
     def call():
         with dspy.context(lm=lm, adapter=student_adapter(dspy.ChatAdapter())):
@@ -216,14 +216,10 @@ async def test_programs_are_answered_from_threads_and_from_the_loop():
 
 async def test_usage_is_recorded_and_options_reach_the_request():
     script = Script()
-    lm = StudentLM(script.complete, asyncio.get_running_loop(), "tickets")
-    answers = await lm.acall("hi", n=2, max_tokens=5, stop="x", seed=3)
-    assert answers == [ANSWER, ANSWER]
-    assert lm.history[-1]["usage"] == {
-        "prompt_tokens": 7,
-        "completion_tokens": 8,
-        "total_tokens": 15,
-    }
+    lm = student_lm(script.complete, asyncio.get_running_loop(), "tickets")
+    assert await lm.acall("hi", max_tokens=5, stop="x", seed=3) == [ANSWER]
+    assert call_usage(lm.history[-1]) == (7, 4, None)
+    assert await lm.acall("hi", n=2) == [ANSWER, ANSWER]
     request = script.requests[0]
     assert (request.max_tokens, request.stop, request.seed) == (5, ("x",), 3)
 
@@ -234,19 +230,20 @@ class Blocking(tiny_student.Desk):
 
 
 async def test_a_synchronous_call_on_the_loop_is_told_instead_of_waiting_for_ever():
-    lm = StudentLM(Script().complete, asyncio.get_running_loop())
+    lm = student_lm(Script().complete, asyncio.get_running_loop())
     with (
         dspy.context(lm=lm, adapter=student_adapter(dspy.ChatAdapter())),
-        pytest.raises(RuntimeError, match=r"await self\.predictor\.acall"),
+        # DSPy 3.4 raises LM errors of its own in the place of others.
+        pytest.raises(Exception, match=r"await self\.predictor\.acall"),
     ):
         await asyncio.wait_for(Blocking().acall(text="help"), 30)
 
 
 async def test_what_is_not_given_is_left_to_the_student():
     script = Script()
-    lm = StudentLM(script.complete, asyncio.get_running_loop())
-    await lm.acall("hi")
-    await lm.copy(max_tokens=5).acall("hi", max_tokens=None, temperature=None)
+    lm = student_lm(script.complete, asyncio.get_running_loop())
+    await lm.acall("hi", max_tokens=None, temperature=None)
+    await lm.copy(max_tokens=5).acall("hi")
     assert [request.max_tokens for request in script.requests] == [None, 5]
     assert [request.temperature for request in script.requests] == [0.0, 0.0]
 
@@ -258,7 +255,7 @@ async def test_an_unparseable_answer_is_not_asked_for_again():
         asked.append(request)
         return ChatResult("gibberish", "stop", 1, 1, True)
 
-    lm = StudentLM(complete, asyncio.get_running_loop())
+    lm = student_lm(complete, asyncio.get_running_loop())
     with (
         dspy.context(lm=lm, adapter=student_adapter(dspy.ChatAdapter())),
         pytest.raises(dspy.utils.exceptions.AdapterParseError),

@@ -1,0 +1,108 @@
+"""A compile's traces become training data, one set of rows for each fine-tuning.
+
+Which rows there are, and in which order, is decided here; rendering one is ``rows``, folding
+them is the provider's.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from distill import export, summary
+from distill.compile_plan import Group, Plan
+from distill.datasets import example_id, is_dev
+from distill.programs import program_fingerprint
+from distill.provider import TrainingRows
+from distill.rows import RowCounts, count_rejections, keep, predictor_prompts, render_rows
+from distill.tracing.trace import Trace
+from serve.errors import TracingError
+from serve.programs import import_path
+
+Traces = Mapping[str, Trace]
+"""A teacher's traces, by example id."""
+
+HOLD_BACK_FROM = 100
+"""Examples. Of fewer, each is worth more in the training than the few would say."""
+
+
+def make_training_rows(
+    plan: Plan, group: Group, found: Sequence[Traces]
+) -> tuple[TrainingRows, str]:
+    """The rows that a group learns from, and a line about them.
+
+    Args:
+        plan: The compile.
+        group: The fine-tuning.
+        found: The traces of each teacher.
+
+    Raises:
+        TracingError: There are none.
+    """
+    train_ids, val_ids = _split(plan)
+    train, counts = _render(plan, group, found, train_ids)
+    val, _ = _render(plan, group, found, val_ids)
+    traces = [trace for traces in found for trace in traces.values()]
+    kept = keep(traces, plan.trace, plan.has_metric)
+    rejected = count_rejections(traces, kept)
+    if not train:
+        raise TracingError(_nothing(group, traces, kept, rejected))
+    if len(group.prompts) < len(plan.keys):
+        counts.unknown_predictor = 0  # They are what other groups learn from.
+    left_out = summary.describe_left_out(counts, rejected)
+    text = f"{len(train)} rows, {len(val)} to validate on"
+    rows = TrainingRows(train, val, _profile(plan, group, kept))
+    return rows, ", ".join([text, *left_out])
+
+
+def _split(plan: Plan) -> tuple[list[str], list[str]]:
+    """The ids of the examples to train on, and of those to validate on, in their order."""
+    ids = [example_id(example) for example in plan.trainset]
+    if plan.valset:
+        return ids, [example_id(example) for example in plan.valset]
+    if plan.strict_compat or len(set(ids)) < HOLD_BACK_FROM:
+        return ids, []
+    return [name for name in ids if not is_dev(name)], [name for name in ids if is_dev(name)]
+
+
+def _render(
+    plan: Plan, group: Group, found: Sequence[Traces], ids: Sequence[str]
+) -> tuple[list[dict], RowCounts]:
+    """The rows of these examples, shuffled as DSPy shuffles them."""
+    rows, counts = [], RowCounts()
+    for teacher, traces in zip(plan.teachers, found, strict=True):
+        prompts = group.prompts
+        if plan.strict_compat:
+            shown = predictor_prompts(teacher.task.program, plan.exclude_demos)
+            prompts = {name: shown[name] for name in group.prompts}
+        chosen = keep([traces[name] for name in ids if name in traces], plan.trace, plan.has_metric)
+        rendered, counted = render_rows(chosen, prompts, group.adapter)
+        rows += [{"messages": list(row.messages)} for row in rendered]
+        counts.add(counted)
+    random.Random(0).shuffle(rows)
+    return rows, counts
+
+
+def _profile(plan: Plan, group: Group, kept: Sequence[Trace]) -> export.Profile:
+    about = {}
+    if len(plan.groups) == 1:
+        # One student for the whole program can be served as the program.
+        about = {
+            "program": plan.student.program,
+            "program_path": import_path(plan.student.program),
+            "fingerprint": program_fingerprint(plan.student),
+            "inputs": list(plan.trainset[0].inputs().keys()),
+            "outputs": list(dict.fromkeys(name for t in kept for name in t.prediction or ())),
+        }
+    return export.make_profile(group.prompts, group.adapter, group.folding, **about)
+
+
+def _nothing(
+    group: Group, traces: Sequence[Trace], kept: Sequence[Trace], rejected: Mapping[str, int]
+) -> str:
+    if not kept:
+        return summary.no_rows(traces, rejected)
+    return (
+        f"Nothing to train {', '.join(group.prompts)} on: {len(kept)} of {len(traces)} traces are "
+        "good enough to learn from, and none holds a complete call of it. Give examples for "
+        "which the program calls it, or train one student for all predictors with multitask=True. "
+        "Traces are kept; the next compile goes on from them."
+    )

@@ -1,0 +1,304 @@
+"""``RayProvider``: DSPy's provider contract, kept with Ray Train and Ray Serve.
+
+    lm = dspy.LM("raydistill/<model>", provider=RayProvider())
+    job = lm.finetune(train_data, TrainDataFormat.CHAT, {"learning_rate": 1e-4})
+    student = job.result()
+    student.launch()
+
+Owns what DSPy asks of a provider and of its training jobs. Training is ``finetune``, what
+serves a launched student is ``serve.launch``, how an LM reaches it is ``serve.dspy_lm``.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import dspy
+from dspy.clients.provider import Provider, TrainingJob
+from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
+from pydantic import ValidationError
+from rich.console import Console
+
+from distill import cluster, preflight
+from distill.config import ScratchConfig, Section, StudentConfig
+from distill.config_file import explain
+from distill.export import Profile
+from distill.finetune import FineTuning, fine_tune
+from distill.programs import fingerprint
+from distill.progress import ProgressReporter, open_events
+from distill.rows import Messages, Row, fold_row
+from distill.rundir import RunDir
+from distill.train_kwargs import TrainKwargs, parse_train_kwargs
+from serve.dspy_lm import PROVIDER, model_name, register, student_of
+from serve.errors import ConfigurationError, TrainingCancelled, TrainingError
+
+logger = logging.getLogger(__name__)
+
+# A job takes all of the workers that it asks for, so two at once would wait for each other.
+_one_at_a_time = threading.Lock()
+
+register()
+
+
+class TrainingRows(list[dict[str, Any]]):
+    """Training data as DSPy has it, ``{"messages": [...]}`` each, that also says of what.
+
+    Any provider takes it for the list that it is; ``RayProvider`` uses the rest.
+
+    Attributes:
+        val: Rows to validate on.
+        profile: The predictors whose calls these are, and how they fold.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[dict[str, Any]],
+        val: Sequence[dict[str, Any]] = (),
+        profile: Profile | None = None,
+    ) -> None:
+        super().__init__(train)
+        self.val = list(val)
+        self.profile = profile or Profile()
+
+
+class RayTrainingJob(TrainingJob):
+    """A fine-tuning that runs, or waits for its turn, on the cluster."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._status = TrainingStatus.pending
+        self._cancelling = threading.Event()
+
+    def status(self) -> TrainingStatus:
+        """Where the job stands."""
+        return self._status
+
+    def cancel(self) -> bool:
+        """Stop the job at its next step; what it took of the cluster is free soon after.
+
+        Returns:
+            False if it had ended before.
+        """
+        # DSPy's own method says nothing of whether there was anything left to cancel.
+        if not super(TrainingJob, self).cancel():
+            return False
+        self._cancelling.set()
+        self._status = TrainingStatus.cancelled
+        return True
+
+    def is_cancelling(self) -> bool:
+        """Whether ``cancel`` was called in time."""
+        return self._cancelling.is_set()
+
+    def started(self) -> None:
+        """Note that its turn has come."""
+        if not self.is_cancelling():
+            self._status = TrainingStatus.running
+
+    def set_result(self, result: Any) -> None:
+        """End the job; an exception is raised by ``result()``, as by any future."""
+        if self.cancelled():
+            return
+        if isinstance(result, Exception):
+            self._status = TrainingStatus.failed
+            self.set_exception(result)
+        else:
+            self._status = TrainingStatus.succeeded
+            super().set_result(result)
+
+
+class _Launch(Section):
+    """What ``launch_kwargs`` may hold."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    max_batch_size: int = 32
+    use_gpu: Any = "auto"
+
+
+class RayProvider(Provider):
+    """Fine-tunes on Ray Train, launches on Ray Serve.
+
+    Args:
+        storage: Local folder or fsspec URI for rows, checkpoints and students, unless
+            ``train_kwargs`` name an ``output_dir``. All nodes must reach it.
+        name: The run's folder in it.
+        scratch: Sizes of a micro-student, as ``student.scratch`` of a configuration file.
+
+    Raises:
+        ConfigurationError: One of them is not what it should be.
+    """
+
+    def __init__(
+        self,
+        *,
+        storage: str = "runs",
+        name: str = "finetuned",
+        scratch: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.finetunable = True
+        self.TrainingJob = RayTrainingJob
+        self._storage, self._name = storage, name
+        self._scratch = validated(ScratchConfig, scratch or {}, "scratch")
+
+    @staticmethod
+    def is_provider_model(model: str) -> bool:
+        """Whether a model's name says that it is one of this provider's."""
+        return model.startswith(f"{PROVIDER}/")
+
+    def check(
+        self,
+        model: str,
+        train_kwargs: Mapping[str, Any],
+        prompts: Sequence[Messages] = (),
+    ) -> TrainKwargs:
+        """See that a fine-tuning can be made as asked, before anything is paid for it.
+
+        Args:
+            model: As for ``finetune``.
+            train_kwargs: As for ``finetune``.
+            prompts: Full prompts that the model's chat template has to render.
+
+        Raises:
+            ConfigurationError: It cannot.
+        """
+        base = student_of(model)
+        kwargs = parse_train_kwargs(train_kwargs, base)
+        preflight.check_training(base, kwargs.train, prompts)
+        self._directory(kwargs).create()
+        return kwargs
+
+    def finetune(
+        self,
+        job: RayTrainingJob,
+        model: str,
+        train_data: list[dict[str, Any]],
+        train_data_format: TrainDataFormat | str | None = None,
+        train_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Fine-tune a model on conversations, and wait for the end.
+
+        Args:
+            job: Asked whether it was cancelled.
+            model: ``raydistill/`` and ``scratch``, a Hugging Face directory or id.
+            train_data: Conversations that end with the assistant, ``{"messages": [...]}``.
+            train_data_format: Chat.
+            train_kwargs: See ``parse_train_kwargs``.
+
+        Returns:
+            The name of the student, as an LM's model.
+
+        Raises:
+            ConfigurationError: Something asked for cannot be had.
+            TrainingError: Training failed.
+            TrainingCancelled: The job was cancelled.
+        """
+        rows = train_data if isinstance(train_data, TrainingRows) else TrainingRows(train_data)
+        _check_format(rows, train_data_format)
+        kwargs = self.check(model, train_kwargs or {})
+        directory = self._directory(kwargs)
+        with _turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:
+            preflight.check_workers(kwargs.train)
+            task = self._prepare(student_of(model), rows, kwargs, directory)
+            fine_tune(task, progress, job.is_cancelling)
+        return model_name(directory.join(task.student_folder()))
+
+    def launch(self, lm: dspy.LM, launch_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Deploy the LM's student on Ray Serve; nothing where it is deployed already.
+
+        Args:
+            lm: Its calls go to the deployment from now on, in this process and in every one
+                that is connected to the same Ray.
+            launch_kwargs: ``min_replicas``, ``max_replicas``, ``max_batch_size``, ``use_gpu``.
+
+        Raises:
+            ConfigurationError: A setting is wrong, or the cluster has no room.
+            StudentError: The student cannot be loaded.
+        """
+        from serve.launch import launch
+
+        given = {**(lm.launch_kwargs or {}), **(launch_kwargs or {})}
+        settings = validated(_Launch, given, "launch_kwargs")
+        launch(student_of(lm.model), **settings.model_dump())
+
+    def kill(self, lm: dspy.LM, launch_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Take the LM's student down, and whatever ``launch`` started for it; see ``launch``."""
+        from serve.launch import kill
+
+        kill(student_of(lm.model))
+
+    def _directory(self, kwargs: TrainKwargs) -> RunDir:
+        return RunDir(kwargs.output_dir or f"{self._storage}/{self._name}")
+
+    def _prepare(
+        self, base: str, data: TrainingRows, kwargs: TrainKwargs, directory: RunDir
+    ) -> FineTuning:
+        """Write the rows, folded if they can be."""
+        folding = data.profile.folding
+        split = {}
+        for name, conversations in (("train", data), ("val", data.val)):
+            rows = [Row(row["messages"], "", "", folded=False) for row in conversations]
+            split[name] = [(fold_row(row, folding) if folding else row).to_json() for row in rows]
+        identity = fingerprint(split)
+        paths = {name: f"rows/{identity[:12]}/{name}.jsonl" for name in split}
+        for name, lines in split.items():
+            directory.write_jsonl(paths[name], lines)
+        return FineTuning(
+            train_rows=directory.join(paths["train"]),
+            val_rows=directory.join(paths["val"]),
+            rows_fingerprint=identity,
+            student=StudentConfig(
+                model=base, prompt="folded" if folding else "full", scratch=self._scratch
+            ),
+            train=kwargs.train,
+            profile=data.profile,
+            directory=directory,
+        )
+
+
+@contextlib.contextmanager
+def reporting(directory: RunDir) -> Iterator[ProgressReporter]:
+    """Progress on this terminal or notebook, and in the run directory's events."""
+    with directory.appending("events.jsonl") as path:
+        yield ProgressReporter(Console(stderr=True), open_events(path))
+
+
+@contextlib.contextmanager
+def _turn(job: RayTrainingJob) -> Iterator[None]:
+    """Wait for the jobs before this one; it may be cancelled meanwhile."""
+    while not _one_at_a_time.acquire(timeout=0.2):
+        if job.is_cancelling():
+            raise TrainingCancelled("The job was cancelled before its turn came.")
+    try:
+        job.started()
+        yield
+    finally:
+        _one_at_a_time.release()
+
+
+def _check_format(rows: TrainingRows, given: TrainDataFormat | str | None) -> None:
+    if given not in (None, TrainDataFormat.CHAT):
+        raise ConfigurationError(
+            f"train_data_format={given!r}: expected {TrainDataFormat.CHAT.value!r}, which is "
+            "messages that end with the assistant's."
+        )
+    if not rows:
+        raise TrainingError("train_data is empty: there is nothing to train on.")
+    for number, row in enumerate([*rows, *rows.val]):
+        messages = row.get("messages") if isinstance(row, Mapping) else None
+        if not messages or messages[-1].get("role") != "assistant":
+            raise ConfigurationError(
+                f"train_data[{number}]: expected {{'messages': [...]}} that end with the "
+                f"assistant's, found {str(row)[:200]}."
+            )
+
+
+def validated(kind: type[Section], given: Mapping[str, Any], name: str) -> Any:
+    """The section of these settings; its errors call them ``name``."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ConfigurationError(f"{name}: {explain(error, kind)}") from None

@@ -1,0 +1,159 @@
+"""A student answers other processes: from its own name, and where it was launched."""
+
+import asyncio
+import subprocess
+import sys
+
+import cloudpickle
+import dspy
+import pytest
+import ray
+import ray.serve
+
+from serve import cluster, launch
+from serve.dspy_lm import is_lm_error, model_name
+from serve.errors import ConfigurationError, StudentError
+from tests import tiny_student
+
+pytestmark = [pytest.mark.integration, pytest.mark.dspy]
+
+TEXT = tiny_student.ROWS[1][0]
+
+
+@pytest.fixture(scope="module")
+def student_dir(tmp_path_factory):
+    """A real student; it has learned nothing, but its grammar makes what it says parse."""
+    return tiny_student.make_student(tmp_path_factory.mktemp("student"), epochs=0)
+
+
+@pytest.fixture
+def launched(student_dir):
+    """The student, launched on a Ray of its own, and killed."""
+    launch.launch(str(student_dir))
+    yield str(student_dir)
+    launch.kill(str(student_dir))
+    assert not ray.is_initialized()
+
+
+def triage(student):
+    program = tiny_student.Desk()
+    program.set_lm(dspy.LM(model_name(str(student)), cache=False))
+    return program
+
+
+def in_new_process(code, *arguments):
+    """What the code prints in another process."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("save_program", [False, True])
+def test_a_saved_program_answers_in_a_new_process(student_dir, tmp_path, save_program):
+    program = triage(student_dir)
+    path = tmp_path / ("program" if save_program else "program.json")
+    program.save(str(path), save_program=save_program)
+    code = (
+        "import sys, inspect, dspy, serve.dspy_lm\nfrom tests import tiny_student\n"
+        "if sys.argv[1].endswith('json'):\n"
+        "    program = tiny_student.Desk()\n    program.load(sys.argv[1])\n"
+        "else:\n"
+        "    asks = 'allow_pickle' in inspect.signature(dspy.load).parameters\n"
+        "    program = dspy.load(sys.argv[1], **({'allow_pickle': True} if asks else {}))\n"
+        "print(program(text=sys.argv[2]).team)"
+    )
+    assert in_new_process(code, path, TEXT) == program(text=TEXT).team
+
+
+def test_a_pickled_lm_answers_in_another_process(student_dir, tmp_path):
+    lm = dspy.LM(model_name(str(student_dir)), cache=False)
+    (tmp_path / "lm").write_bytes(cloudpickle.dumps(lm))
+    code = (
+        "import sys, cloudpickle, pathlib, serve.dspy_lm\n"
+        "print(cloudpickle.loads(pathlib.Path(sys.argv[1]).read_bytes())('hi'))"
+    )
+    assert in_new_process(code, tmp_path / "lm") == str(lm("hi"))
+
+
+def applications():
+    return set(ray.serve.status().applications)
+
+
+def asked(student):
+    """How many requests the launched student has answered."""
+    answered = launch.handle(student).status.remote().result(timeout_s=60)
+    return sum(answered.values())
+
+
+def test_a_launched_student_answers_on_ray_until_it_is_killed(student_dir):
+    program = triage(student_dir)
+    here = program(text=TEXT).toDict()
+    launch.launch(str(student_dir))
+    launch.launch(str(student_dir))
+    assert len(applications()) == 1
+    assert program(text=TEXT).toDict() == here
+    assert asyncio.run(program.triage.acall(text=TEXT)).toDict() == here
+    assert asked(str(student_dir)) == 2
+    for _ in range(2):
+        launch.kill(str(student_dir))
+    assert not ray.is_initialized()
+    assert launch.handle(str(student_dir)) is None
+    assert program(text=TEXT).toDict() == here
+
+
+def test_other_processes_of_the_cluster_ask_the_launched_student(launched):
+    @ray.remote(num_cpus=0)
+    def ask():
+        return triage(launched)(text=TEXT).toDict()
+
+    before = asked(launched)
+    assert ray.get(ask.remote()) == triage(launched)(text=TEXT).toDict()
+    assert asked(launched) == before + 2
+
+
+def test_what_was_killed_elsewhere_is_asked_here_at_the_next_try(launched):
+    @ray.remote(num_cpus=0)
+    def kill():
+        launch.kill(launched)
+
+    program = triage(launched)
+    before = program(text=TEXT).toDict()
+    ray.get(kill.remote())
+    assert program(text=TEXT).toDict() == before
+
+
+def test_a_request_that_the_launched_student_refuses_says_why(launched):
+    with pytest.raises(Exception, match="the student takes at most") as caught:
+        triage(launched).triage.lm("word " * 500)
+    assert is_lm_error(caught.value)
+
+
+def test_others_applications_and_their_ray_are_left_alone(student_dir):
+    cluster.connect()
+    try:
+        launch.launch(str(student_dir))
+        other = ray.serve.deployment(lambda: "hi", name="other").options(
+            ray_actor_options={"num_cpus": 0}
+        )
+        ray.serve.run(other.bind(), name="other", route_prefix=None)
+        launch.kill(str(student_dir))
+        assert applications() == {"other"}
+    finally:
+        ray.serve.shutdown()
+        ray.shutdown()
+
+
+def test_what_cannot_be_launched_is_told_and_leaves_nothing(student_dir, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for student, options, kind, message in (
+        ("scratch", {}, ConfigurationError, "scratch is not trained yet"),
+        (tmp_path / "missing", {}, ConfigurationError, "no such directory"),
+        (student_dir, {"replicas": 2}, ConfigurationError, "Known are min_replicas"),
+        (student_dir, {"min_replicas": 999, "max_replicas": 999}, ConfigurationError, "999 CPUs"),
+        (tmp_path, {}, StudentError, "cannot be served"),
+    ):
+        with pytest.raises(kind, match=message):
+            launch.launch(str(student), **options)
+        assert not ray.is_initialized()
