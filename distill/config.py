@@ -72,6 +72,13 @@ class TeacherConfig(Section):
         return self
 
 
+class PriceConfig(Section):
+    """A model's price, in USD per million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
 class TraceConfig(Section):
     """How the teacher is run over the trainset."""
 
@@ -82,7 +89,20 @@ class TraceConfig(Section):
     """``passed`` keeps the examples that pass the metric, ``all`` every one that finished."""
     metric_threshold: float | None = None
     """Lowest score that passes; null lets every true score pass."""
+    requests_per_minute: Positive | None = None
+    """Of all actors together, over every sliding minute."""
+    tokens_per_minute: Positive | None = None
+    """Prompt and completion tokens, likewise."""
+    call_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """For one attempt of one call."""
+    max_retries: Annotated[int, Field(ge=0)] | None = None
+    """Attempts of a call after its first; null is ``num_retries`` of the LM, whose default is 3.
+
+    Only what may pass is tried again; what fails while the teacher is down does not count.
+    """
     budget_usd: Annotated[float, Field(gt=0)] | None = None
+    prices: dict[str, PriceConfig] = {}
+    """By model, where DSPy's own are wrong or missing."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
 
 

@@ -23,6 +23,7 @@ from distill.progress import ProgressReporter
 from distill.provider import reporting
 from distill.rundir import RunDir
 from distill.tracing.collect import Collection, collect
+from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import total_usage
@@ -152,7 +153,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
         """What each teacher did."""
         found: list[Traces] = []
         for teacher in plan.teachers:
-            usage = total_usage([trace.usage for traces in found for trace in traces.values()])
+            usage = total_usage([trace.spent for traces in found for trace in traces.values()])
             trace = plan.trace
             job = Collection(
                 task=teacher.task,
@@ -161,7 +162,8 @@ class RayBootstrapFinetune(BootstrapFinetune):
                 store=TraceStore(directory.join("traces")),
                 actors=trace.actors,
                 concurrency=trace.concurrency,
-                limits=Limits(trace.max_failure_rate, trace.budget_usd, usage.cost_usd or 0.0),
+                limits=Limits.of(trace, usage.cost_usd or 0.0),
+                calls=CallSettings.of(trace),
             )
             with progress.stage("trace") as stage:
                 collect(job, summary.show_tracing(stage))

@@ -8,6 +8,7 @@ they call.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from distill.progress import ProgressReporter
 from distill.rows import count_rejections, keep, predictor_prompts, render_rows
 from distill.rundir import RunDir
 from distill.tracing.collect import Collection, LmSpec, collect
+from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
 from serve.cluster import capacity
@@ -187,7 +189,9 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
         models["base"] = (config.student.model, preflight.base_fingerprint(config.student.model))
     for name, (model, named) in models.items():
         lm = student_lm(model, named, num_gpus, teacher)
-        jobs[name] = _job(run, for_student(run.inputs.task), lm, test, Limits())
+        # A student's own calls cost nothing; a metric's may.
+        limits = dataclasses.replace(Limits.of(config.trace, spent_usd), max_failure_rate=1.0)
+        jobs[name] = _job(run, for_student(run.inputs.task), lm, test, limits)
     return {
         name: _run_arm(run, name, jobs[name]) if name in jobs else None
         for name in ("teacher", "base", "student")
@@ -202,8 +206,7 @@ def _run_arm(run: Run, name: str, job: Collection) -> list[ExampleResult]:
 def _teacher_job(
     run: Run, examples: Sequence[dspy.Example] | None = None, spent_usd: float = 0.0
 ) -> Collection:
-    bounds = run.config.trace
-    limits = Limits(bounds.max_failure_rate, bounds.budget_usd, spent_usd)
+    limits = Limits.of(run.config.trace, spent_usd)
     chosen = [*run.inputs.train, *run.inputs.dev] if examples is None else examples
     return _job(run, run.inputs.task, teacher_lm(run.config.teacher.lm), chosen, limits)
 
@@ -217,4 +220,5 @@ def _job(
     if lm.num_gpus:
         # More actors than GPUs would wait for one for ever, and their examples with them.
         actors = min(actors, int(capacity("GPU") / lm.num_gpus))
-    return Collection(task, lm, examples, store, actors, trace.concurrency, limits)
+    calls = CallSettings.of(trace)
+    return Collection(task, lm, examples, store, actors, trace.concurrency, limits, calls)

@@ -33,6 +33,26 @@ class BudgetExceeded(DistillError, RuntimeError):
     exit_code = 3
 
 
+class CallPrevented(DistillError, RuntimeError):
+    """An LM call that was not made, since no call of the run is made any more."""
+
+
+class BudgetSpent(CallPrevented):
+    """The budget does not cover another call."""
+
+
+class Unpriced(CallPrevented):
+    """There is a budget, and the price of a call is not known."""
+
+
+class TeacherDown(CallPrevented):
+    """The teacher has not replied to anybody for long."""
+
+
+class TeacherUnusable(CallPrevented):
+    """The teacher refuses all calls: the key, the bill or the model is wrong."""
+
+
 class TrainingError(DistillError, RuntimeError):
     """Training could not start, or did not end with a student."""
 

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle
@@ -21,9 +21,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from distill.datasets import distinct
 from distill.programs import Task, fingerprint, program_fingerprint
+from distill.tracing.conductor import CallSettings
+from distill.tracing.governor import gate_to, governing
 from distill.tracing.limits import Counts, Limits, StopReason, explain, should_stop, too_many_failed
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import Failure, FailureKind, Trace
+from distill.tracing.trace import Failure, FailureKind, Trace, Usage
 from distill.tracing.tracer import Tracer
 from serve.errors import BudgetExceeded, TracingError
 
@@ -64,6 +66,7 @@ class Collection:
     actors: int
     concurrency: int
     limits: Limits
+    calls: CallSettings = field(default_factory=CallSettings)
 
     def keys(self) -> dict[str, dspy.Example]:
         """Examples by trace key, equal ones once."""
@@ -81,7 +84,9 @@ class Acknowledgement:
     key: str
     failure: Failure | None
     calls: int
+    tokens: int
     cost_usd: float | None
+    unpriced: bool
 
 
 OnProgress = Callable[[Counts, int, int], None]
@@ -104,7 +109,8 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
     if not todo:
         return
     dispatcher = _Dispatcher(job, examples, counts, todo, on_progress)
-    with _actors(job) as actors:
+    bounds = job.limits.bounds(counts.cost_usd)
+    with governing(job.store.uri, bounds) as governor, _actors(job, governor) as actors:
         stopped = dispatcher.run(actors)
     if stopped is StopReason.BUDGET:
         raise BudgetExceeded(explain(stopped, counts, job.limits))
@@ -123,9 +129,9 @@ def _resume(job: Collection, examples: Mapping[str, Any]) -> tuple[Counts, deque
     counts = Counts()
     for trace in done.values():
         if trace.key not in repeat:
-            counts.add(trace.failure, trace.usage.cost_usd)
+            counts.add(trace.failure, trace.spent.cost_usd)
         else:
-            counts.cost_usd += trace.usage.cost_usd or 0.0
+            counts.cost_usd += trace.spent.cost_usd or 0.0
     return counts, deque(key for key in examples if key not in done or key in repeat)
 
 
@@ -194,7 +200,8 @@ class _Dispatcher:
                 ) from error
             self._calls += acknowledged.calls
             self._counts.add(acknowledged.failure, acknowledged.cost_usd)
-            self._counts.unpriced |= acknowledged.calls > 0 and acknowledged.cost_usd is None
+            self._counts.tokens += acknowledged.tokens
+            self._counts.unpriced |= acknowledged.unpriced
         return freed
 
     def _requeue(self, key: str, error: RayActorError) -> None:
@@ -209,9 +216,22 @@ class _Dispatcher:
         self._todo.append(key)
 
 
+def _acknowledgement(trace: Trace, paid: Usage) -> Acknowledgement:
+    return Acknowledgement(
+        key=trace.key,
+        failure=trace.failure,
+        calls=trace.spent.calls,
+        tokens=(trace.spent.prompt_tokens or 0) + (trace.spent.completion_tokens or 0),
+        cost_usd=paid.cost_usd,
+        unpriced=paid.calls > 0 and paid.cost_usd is None,
+    )
+
+
 @contextlib.contextmanager
-def _actors(job: Collection) -> Iterator[list[Any]]:
-    payload = cloudpickle.dumps((job.task.dumps(), job.lm, job.concurrency, job.store.uri))
+def _actors(job: Collection, governor: Any) -> Iterator[list[Any]]:
+    payload = cloudpickle.dumps(
+        (job.task.dumps(), job.lm, job.concurrency, job.store.uri, governor, job.calls)
+    )
     remote = ray.remote(TraceActor).options(
         num_cpus=job.lm.num_cpus,
         num_gpus=job.lm.num_gpus,
@@ -244,11 +264,11 @@ class TraceActor:
         assert self._tracer is not None
         trace = await self._tracer.trace(key, example)
         await self._commit(trace)
-        return Acknowledgement(key, trace.failure, trace.usage.calls, trace.usage.cost_usd)
+        return _acknowledgement(trace, self._tracer.paid(trace))
 
     def _set_up(self) -> None:
         # Not in __init__, which runs outside the event loop that an LM may need.
-        task, spec, concurrency, uri = cloudpickle.loads(self._payload)
+        task, spec, concurrency, uri, governor, calls = cloudpickle.loads(self._payload)
         self._writer = TraceStore(uri).writer()
         self._tracer = Tracer(
             cloudpickle.loads(task),
@@ -256,6 +276,8 @@ class TraceActor:
             judge=spec.judge() if spec.judge else None,
             concurrency=concurrency,
             override_lms=spec.override_lms,
+            gate=gate_to(governor),
+            calls=calls,
         )
 
     async def _commit(self, trace: Trace) -> None:

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from distill.config import TraceConfig
+from distill.tracing.permits import Bounds
 from distill.tracing.trace import Failure, FailureKind
 from serve.dspy_lm import HOPELESS
 
@@ -20,6 +22,16 @@ class StopReason(StrEnum):
     FAILURES = "failures"
     BUDGET = "budget"
     UNPRICED = "unpriced"
+    OUTAGE = "outage"
+
+
+_PREVENTED = {
+    "BudgetSpent": StopReason.BUDGET,
+    "Unpriced": StopReason.UNPRICED,
+    "TeacherDown": StopReason.OUTAGE,
+    "TeacherUnusable": StopReason.HOPELESS,
+}
+"""What the errors of calls that were not made say."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +42,34 @@ class Limits:
         max_failure_rate: A share of the examples.
         budget_usd: For all that the run spends; None is no bound.
         spent_usd: What other jobs of the run have spent of it.
+        requests_per_minute, tokens_per_minute: Of all actors together; None is no bound.
     """
 
     max_failure_rate: float = 1.0
     budget_usd: float | None = None
     spent_usd: float = 0.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+    @classmethod
+    def of(cls, trace: TraceConfig, spent_usd: float = 0.0) -> "Limits":
+        """Those of a configuration."""
+        return cls(
+            max_failure_rate=trace.max_failure_rate,
+            budget_usd=trace.budget_usd,
+            spent_usd=spent_usd,
+            requests_per_minute=trace.requests_per_minute,
+            tokens_per_minute=trace.tokens_per_minute,
+        )
+
+    def bounds(self, spent_usd: float) -> Bounds:
+        """What the limiter is to keep, where this job has spent so much before."""
+        return Bounds(
+            self.requests_per_minute,
+            self.tokens_per_minute,
+            self.budget_usd,
+            self.spent_usd + spent_usd,
+        )
 
 
 @dataclass
@@ -44,6 +79,7 @@ class Counts:
     finished: int = 0
     failed: int = 0
     cost_usd: float = 0.0
+    tokens: int = 0
     unpriced: bool = False
     """Whether a call was made whose price is not known."""
     reasons: Counter[tuple[FailureKind, str]] = field(default_factory=Counter)
@@ -76,8 +112,12 @@ def should_stop(counts: Counts, limits: Limits, in_flight: int, total: int) -> S
         in_flight: Examples handed out and not finished, which may still cost money.
         total: Examples of the whole run.
     """
-    if any(kind is FailureKind.TEACHER and name in HOPELESS for kind, name in counts.reasons):
+    names = [name for kind, name in counts.reasons if kind is FailureKind.TEACHER]
+    if any(name in HOPELESS for name in names):
         return StopReason.HOPELESS
+    for name, reason in _PREVENTED.items():
+        if name in names:
+            return reason
     if too_many_failed(counts.failed, counts.finished, limits, total):
         return StopReason.FAILURES
     if limits.budget_usd is not None and counts.unpriced:
@@ -108,6 +148,11 @@ def explain(reason: StopReason, counts: Counts, limits: Limits) -> str:
         return (
             "trace.budget_usd cannot be kept: the teacher's calls have no known price. Remove the "
             "budget, or choose a model that DSPy knows the price of."
+        )
+    if reason is StopReason.OUTAGE:
+        return (
+            f"The teacher is down: {counts.worst()} What was traced is kept; run the same command "
+            "again when it is up."
         )
     return (
         f"Stopped at ${limits.spent_usd + counts.cost_usd:.4f} of "

@@ -6,7 +6,7 @@ data, not a crash.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -62,9 +62,18 @@ class Score:
     error: str | None = None
 
 
+METRIC = "(metric)"
+"""Whose calls a metric's are, where usage is told by predictor."""
+UNNAMED = "(other)"
+"""Whose calls those are that no predictor of the program's made."""
+
+
 @dataclass(frozen=True)
 class Trace:
-    """One run of a program on one example. ``key`` names example, program and LM at once."""
+    """One run of a program on one example. ``key`` names example, program and LM at once.
+
+    ``usage`` is the program's; ``usages`` tells it by predictor, and the metric's as well.
+    """
 
     key: str
     example_id: str
@@ -74,6 +83,13 @@ class Trace:
     latency_s: float
     score: Score | None = None
     failure: Failure | None = None
+    usages: Mapping[str, Usage] = field(default_factory=dict)
+
+    @property
+    def spent(self) -> Usage:
+        """What the program and the metric took."""
+        metric = self.usages.get(METRIC)
+        return total_usage([self.usage, metric]) if metric else self.usage
 
     def to_json(self) -> dict[str, Any]:
         """The trace as JSON values."""
@@ -98,6 +114,7 @@ class Trace:
             failure=Failure(**{**failure, "kind": FailureKind(failure["kind"])})
             if failure
             else None,
+            usages={name: Usage(**usage) for name, usage in record.get("usages", {}).items()},
         )
 
 

@@ -9,9 +9,9 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
@@ -19,7 +19,11 @@ from dspy.utils.exceptions import AdapterParseError
 
 from distill.datasets import example_id
 from distill.programs import Task, metric_fingerprint
+from distill.tracing.conductor import CallSettings, Conductor
+from distill.tracing.gate import Gate, OpenGate
 from distill.tracing.trace import (
+    METRIC,
+    UNNAMED,
     Failure,
     FailureKind,
     PredictorCall,
@@ -29,12 +33,13 @@ from distill.tracing.trace import (
     total_usage,
 )
 from distill.tracing.values import jsonable, revive_prediction
-from serve.dspy_lm import call_usage, is_lm_error, metered
+from serve.dspy_lm import LmFailure, governed, is_lm_error, lm_failure
+from serve.errors import CallPrevented
 from serve.programs import runs_async
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
-ENTRIES = "raydistill_entries"
+RUN = "raydistill_run"
 """Key in DSPy's settings, which follow a program into its threads."""
 
 
@@ -42,11 +47,20 @@ ENTRIES = "raydistill_entries"
 class _Run:
     """What one run of the program leaves behind, filled while it runs."""
 
-    steps: list[Any]
-    entries: list[dict[str, Any]]
+    steps: list[Any] = field(default_factory=list)
+    usages: list[tuple[str, Usage]] = field(default_factory=list)
+    lm_errors: list[Exception] = field(default_factory=list)
     prediction: dspy.Prediction | None = None
     error: Exception | None = None
     latency_s: float = 0.0
+    scoring: bool = False
+
+    def failure(self) -> Failure | None:
+        """Why the run is worth nothing."""
+        # Whatever the program made of it: without the LM's answer it did not really run.
+        prevented = [each for each in self.lm_errors if isinstance(each, CallPrevented)]
+        error = prevented[0] if prevented else self.error
+        return _failure(error, error in self.lm_errors) if error else None
 
 
 class Tracer:
@@ -56,8 +70,11 @@ class Tracer:
         task: Program, adapter and metric.
         lm: The LM that answers; predictors with an LM of their own keep it.
         concurrency: Examples in flight.
-        override_lms: Put ``lm`` in the place of the predictors' own LMs as well.
+        override_lms: Put ``lm`` in the place of the predictors' own LMs as well; it is one of
+            ours, whose calls nobody limits.
         judge: The LM that the metric may ask; None is ``lm``.
+        gate: Lets the calls of all other LMs through; None lets all through.
+        calls: How they are made.
     """
 
     def __init__(
@@ -68,16 +85,23 @@ class Tracer:
         concurrency: int,
         override_lms: bool = False,
         judge: dspy.BaseLM | None = None,
+        gate: Gate | None = None,
+        calls: CallSettings | None = None,
     ) -> None:
-        self._task = task
-        self._lm = metered(lm, _record)
-        self._judge = judge or lm
+        self._task, self._ours = task, override_lms
+        conductor = Conductor(
+            gate or OpenGate(), calls or CallSettings(), self._record, _record_error
+        )
+        ours = Conductor(OpenGate(), CallSettings(None, 0), self._record, _record_error)
+        self._lm = governed(lm, ours if override_lms else conductor)
+        self._judge = governed(judge, conductor) if judge else self._lm
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")
         self._metric = metric_fingerprint(task.metric) if task.metric else None
         named = task.program.named_predictors()
         for _, predictor in named:
-            own = None if override_lms else predictor.lm
-            predictor.lm = metered(own, _record) if own else None
+            predictor.lm = None if override_lms else predictor.lm
+        for _, module in task.program.named_sub_modules(dspy.Module):
+            _govern_own(module, conductor)
         self._by_identity = {id(predictor): name for name, predictor in named}
         self._by_stage = _unique((predictor.stage, name) for name, predictor in named)
 
@@ -86,7 +110,7 @@ class Tracer:
 
         Never raises for what the program, the LM or the metric does.
         """
-        run = _Run(steps=[], entries=[])
+        run = _Run()
         if runs_async(self._task.program):
             await self._run_async(example, run)
         else:
@@ -98,11 +122,16 @@ class Tracer:
             example_id=example_id(example),
             calls=tuple(self._call(*step) for step in run.steps),
             prediction=jsonable(run.prediction.toDict()) if run.prediction is not None else None,
-            usage=total_usage([_usage(entry) for entry in run.entries]),
+            usage=total_usage([usage for name, usage in run.usages if name != METRIC]),
             latency_s=run.latency_s,
             score=score,
-            failure=_failure(run.error) if run.error else None,
+            failure=run.failure(),
+            usages=_by_name(run.usages),
         )
+
+    def paid(self, trace: Trace) -> Usage:
+        """What of a trace was for LMs that are not our own."""
+        return trace.usages.get(METRIC, Usage()) if self._ours else trace.spent
 
     @contextlib.contextmanager
     def _context(self, run: _Run) -> Iterator[None]:
@@ -114,7 +143,7 @@ class Tracer:
                 adapter=self._task.adapter,
                 trace=run.steps,
                 max_trace_size=MAX_TRACE_STEPS,
-                **{ENTRIES: run.entries},
+                **{RUN: run},
             ):
                 yield
         except Exception as error:
@@ -137,15 +166,29 @@ class Tracer:
 
         def score() -> Score:
             # The metric may ask an LM of its own, but must not add steps to the trace.
-            with judging(self._task, self._judge):
+            run.scoring = True
+            with judging(self._task, self._judge), dspy.context(**{RUN: run}):
                 return score_prediction(metric, self._metric or "", example, run.prediction)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
 
     def _call(self, predictor: Any, inputs: dict[str, Any], outputs: Any) -> PredictorCall:
-        # Programs copy predictors as they run (retries, best of n): a copy keeps its stage.
-        name = self._by_identity.get(id(predictor)) or self._by_stage.get(predictor.stage)
+        name = self._name(predictor)
         return PredictorCall(name, jsonable(inputs), jsonable(dict(outputs.items())))
+
+    def _name(self, module: Any) -> str | None:
+        # Programs copy predictors as they run (retries, best of n): a copy keeps its stage.
+        stage = getattr(module, "stage", "")
+        return self._by_identity.get(id(module)) or self._by_stage.get(stage)
+
+    def _record(self, usage: Usage) -> None:
+        run = dspy.settings.get(RUN)
+        if run is None:
+            return
+        # DSPy sets caller_predict only while it streams; the modules under way it always knows.
+        callers = reversed(dspy.settings.caller_modules or ())
+        named = METRIC if run.scoring else next(filter(None, map(self._name, callers)), UNNAMED)
+        run.usages.append((named, usage))
 
 
 def judging(task: Task, judge: dspy.BaseLM) -> contextlib.AbstractContextManager[None]:
@@ -189,10 +232,22 @@ def with_current_score(
     return dataclasses.replace(trace, score=score)
 
 
-def _record(entry: dict[str, Any]) -> None:
-    entries = dspy.settings.get(ENTRIES)
-    if entries is not None:
-        entries.append(entry)
+def _record_error(error: Exception) -> None:
+    run = dspy.settings.get(RUN)
+    if run is not None:
+        run.lm_errors.append(error)
+
+
+def _govern_own(module: dspy.Module, conductor: Conductor) -> None:
+    """Put governed LMs in the place of those that a module holds."""
+    for name, value in vars(module).items():
+        if isinstance(value, dspy.BaseLM):
+            setattr(module, name, governed(value, conductor))
+
+
+def _by_name(usages: Sequence[tuple[str, Usage]]) -> dict[str, Usage]:
+    names = dict.fromkeys(name for name, _ in usages)
+    return {name: total_usage([usage for each, usage in usages if each == name]) for name in names}
 
 
 def _unique(pairs: Any) -> dict[str, str]:
@@ -210,15 +265,11 @@ def _checked(prediction: Any) -> dspy.Prediction:
     return prediction
 
 
-def _usage(entry: dict[str, Any]) -> Usage:
-    prompt_tokens, completion_tokens, cost_usd = call_usage(entry)
-    return Usage(1, prompt_tokens, completion_tokens, cost_usd)
-
-
-def _failure(error: Exception) -> Failure:
+def _failure(error: Exception, is_lms: bool) -> Failure:
+    unanswered = is_lms and lm_failure(error) is not LmFailure.OTHER
     if isinstance(error, AdapterParseError):
         kind = FailureKind.PARSE
-    elif is_lm_error(error):
+    elif unanswered or is_lm_error(error) or isinstance(error, CallPrevented):
         kind = FailureKind.TEACHER
     else:
         kind = FailureKind.PROGRAM

@@ -1,19 +1,22 @@
 """All contact with DSPy's LM layer, whose two ends differ between DSPy 3.1 and 3.4.
 
 Owns the names ``raydistill/<student>``, students as DSPy's LMs, and what is read off any LM:
-its calls, usage, errors and identity. ``engines`` is how DSPy 3.4 asks a student,
-``handler`` how versions before it do. Importing this module makes the names known to DSPy.
+its usage and identity. ``engines`` is how DSPy 3.4 asks a student, ``handler`` how versions
+before it do; ``governed`` takes an LM's calls over, ``failures`` reads its errors. Importing
+this module makes the names known to DSPy.
 """
 
 import asyncio
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import dspy
 
+from serve.dspy_lm.failures import HOPELESS, LmFailure, lm_failure, retry_after_s
+from serve.dspy_lm.governed import AsyncAttempt, Attempt, Conductor, Entry, governed, is_cached
 from serve.engines.base import Complete
 from serve.errors import ConfigurationError
 from serve.models import full_name
@@ -24,22 +27,29 @@ if hasattr(getattr(dspy, "lm15", None), "register_provider"):
 else:
     from serve.dspy_lm import handler as _end  # type: ignore[no-redef]
 
-PROVIDER = "raydistill"
+__all__ = [
+    "CONNECTION",
+    "HOPELESS",
+    "AsyncAttempt",
+    "Attempt",
+    "Conductor",
+    "Entry",
+    "LmFailure",
+    "call_usage",
+    "governed",
+    "is_cached",
+    "is_lm_error",
+    "lm_failure",
+    "lm_identity",
+    "model_name",
+    "register",
+    "retry_after_s",
+    "student_adapter",
+    "student_lm",
+    "student_of",
+]
 
-HOPELESS = frozenset(
-    {
-        # DSPy 3.4's names, and those of litellm, which DSPy 3.1 lets through.
-        "LMAuthError",
-        "LMBillingError",
-        "LMConfigurationError",
-        "LMNotConfiguredError",
-        "LMUnsupportedModelError",
-        "AuthenticationError",
-        "PermissionDeniedError",
-        "NotFoundError",
-    }
-)
-"""Types of LM errors that neither a retry nor another example mends."""
+PROVIDER = "raydistill"
 
 CONNECTION = frozenset(
     {"api_base", "base_url", "api_version", "cache", "num_retries", "timeout", "headers"}
@@ -97,21 +107,6 @@ def student_adapter(adapter: dspy.Adapter) -> dspy.Adapter:
     if hasattr(adapter, "use_json_adapter_fallback"):
         adapter.use_json_adapter_fallback = False
     return adapter
-
-
-def metered(lm: dspy.BaseLM, record: Callable[[dict[str, Any]], None]) -> dspy.BaseLM:
-    """A copy of the LM that hands the entry of each of its calls to ``record``.
-
-    Its calls no longer enter DSPy's histories, which would keep every prompt.
-    """
-
-    def update_history(entry: dict[str, Any]) -> None:
-        record(entry)
-
-    twin = lm.copy()
-    # A function, which copies of the copy share, whatever ``record`` belongs to.
-    twin.update_history = update_history
-    return twin
 
 
 def call_usage(entry: dict[str, Any]) -> tuple[int | None, int | None, float | None]:

@@ -1,0 +1,105 @@
+"""The limiter of a run as a Ray actor, which all tracing actors ask.
+
+A thin shell: what may be called when is ``limiter``; asking in batches is ``gate``.
+"""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distill.tracing.gate import Gate, Reply, Report
+from distill.tracing.limiter import Limiter
+from distill.tracing.permits import Bounds, Permit, Stop, Wait
+from serve.errors import TracingError
+
+SILENT_S = 15.0
+"""A process that says nothing for so long is dead; one that holds permits speaks up."""
+
+
+class Governor:
+    """Answers the reports of all processes of a run."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._limiter = Limiter(bounds)
+        self._held: dict[str, set[int]] = {}
+        self._seen: dict[str, float] = {}
+
+    def begin(self, bounds: Bounds) -> None:
+        """Start a job of the run."""
+        self._limiter.begin(bounds)
+
+    def exchange(self, report: Report) -> Reply:
+        """Take note of what a process says, and answer its asks."""
+        now = time.monotonic()
+        held = self._held.setdefault(report.holder, set())
+        self._seen[report.holder] = now
+        for permit_id, outcome in report.outcomes:
+            held.discard(permit_id)
+            self._limiter.finish(now, permit_id, outcome)
+        for permit_id in report.returned:
+            held.discard(permit_id)
+            self._limiter.give_back(now, permit_id)
+        self._forget_dead(now)
+        permits: list[Permit | None] = []
+        waits, stopped = [], None
+        for ask in report.asks:
+            answer = self._limiter.ask(now, ask)
+            permits.append(answer if isinstance(answer, Permit) else None)
+            if isinstance(answer, Permit):
+                held.add(answer.id)
+            elif isinstance(answer, Wait):
+                waits.append(answer.seconds)
+            elif isinstance(answer, Stop):
+                stopped = answer
+        return Reply(permits, min(waits, default=0.0), stopped)
+
+    def _forget_dead(self, now: float) -> None:
+        for holder in [name for name, seen in self._seen.items() if now - seen > SILENT_S]:
+            for permit_id in self._held.pop(holder):
+                self._limiter.give_back(now, permit_id)
+            del self._seen[holder]
+
+
+@contextlib.contextmanager
+def governing(run: str, bounds: Bounds) -> Iterator[Any]:
+    """The governor of a run, for one job of it.
+
+    Where there are limits per minute it outlives the job, so that the calls of one job count
+    in the next one's minute; this driver's end is its end.
+
+    Args:
+        run: What names the run.
+        bounds: Those of the job.
+    """
+    name = f"raydistill-governor-{hashlib.sha256(run.encode()).hexdigest()[:24]}"
+    try:
+        governor = ray.get_actor(name)
+        ray.get(governor.begin.remote(bounds))
+    except ValueError:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"name": name, "num_cpus": 0, "scheduling_strategy": here}
+        governor = ray.remote(Governor).options(**options).remote(bounds)
+    try:
+        yield governor
+    finally:
+        if bounds.requests_per_minute is None and bounds.tokens_per_minute is None:
+            ray.kill(governor)
+
+
+def gate_to(governor: Any) -> Gate:
+    """A process's gate, which asks the governor."""
+
+    def exchange(report: Report) -> Reply:
+        try:
+            reply: Reply = ray.get(governor.exchange.remote(report))
+        except RayError as error:
+            raise TracingError(f"The run's governor is gone: {error}. Run again.") from error
+        return reply
+
+    return Gate(exchange)

@@ -1,0 +1,168 @@
+"""LMs whose every call is conducted by somebody else, who counts, waits and tries again.
+
+Owns how that is done to any LM: a copy of a subclass made for it, with DSPy's own retries
+off. When to call, and what to do about a failure, is the conductor's to say.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Protocol
+
+import dspy
+
+Entry = dict[str, Any]
+"""What DSPy records of a call: prompt, outputs, usage, cost."""
+Attempt = Callable[[float | None], tuple[Any, list[Entry]]]
+"""Makes the call once, in at most so many seconds; returns outputs and entries."""
+AsyncAttempt = Callable[[float | None], Awaitable[tuple[Any, list[Entry]]]]
+
+_entries: contextvars.ContextVar[list[Entry] | None] = contextvars.ContextVar(
+    "raydistill_entries", default=None
+)
+
+
+class Conductor(Protocol):
+    """Makes the calls of governed LMs."""
+
+    def conduct(self, lm: dspy.BaseLM, requests: int, attempt: Attempt) -> Any:
+        """Make one call, of so many requests, by one attempt or several."""
+
+    async def aconduct(self, lm: dspy.BaseLM, requests: int, attempt: AsyncAttempt) -> Any:
+        """The same on an event loop."""
+
+
+_classes: dict[type, type] = {}
+
+
+def governed(lm: dspy.BaseLM, conductor: Conductor) -> dspy.BaseLM:
+    """A copy of the LM whose calls the conductor makes, as those of its own copies.
+
+    Its calls do not enter DSPy's histories, which would keep every prompt.
+    """
+    if isinstance(lm, _Governed):
+        return lm
+    twin = lm.copy()
+    twin.max_retries = max(int(getattr(lm, "num_retries", 0) or 0), 0)
+    twin.num_retries = 0
+    twin.conductor = _Shared(conductor)
+    twin.__class__ = _class_of(type(lm))
+    return twin
+
+
+def is_cached(lm: dspy.BaseLM) -> bool:
+    """Whether DSPy may answer a call from its own cache, which costs nothing."""
+    return isinstance(lm, dspy.LM) and bool(lm.cache)
+
+
+class _Shared:
+    """A conductor; copies of an LM, deep ones too, have the same."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.conductor = conductor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+
+class _Governed:
+    """Mixed into an LM's own class; see ``governed``."""
+
+    conductor: _Shared
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def attempt(timeout_s: float | None) -> tuple[Any, list[Entry]]:
+            with _recording() as entries:
+                options = _timeout(self, args, kwargs, timeout_s)
+                once: Any = super(_Governed, self)
+                call = functools.partial(once.__call__, *args, **kwargs, **options)
+                if options or timeout_s is None:
+                    return call(), entries
+                return _in_time(call, timeout_s), entries
+
+        return self.conductor.conductor.conduct(self, _requests(self, kwargs), attempt)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        async def attempt(timeout_s: float | None) -> tuple[Any, list[Entry]]:
+            with _recording() as entries:
+                options = _timeout(self, args, kwargs, timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    once: Any = super(_Governed, self)
+                    return await once.acall(*args, **kwargs, **options), entries
+
+        return await self.conductor.conductor.aconduct(self, _requests(self, kwargs), attempt)
+
+    def update_history(self, entry: Entry) -> None:
+        entries = _entries.get()
+        if entries is not None:
+            entries.append(entry)
+
+
+def _class_of(kind: type) -> Any:
+    if kind not in _classes:
+        members = {"__module__": __name__}
+        _classes[kind] = type(f"Governed{kind.__name__}", (_Governed, kind), members)
+    return _classes[kind]
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[Entry]]:
+    entries: list[Entry] = []
+    token = _entries.set(entries)
+    try:
+        # Where a program has turned histories off, its calls cost no less.
+        if dspy.settings.disable_history:
+            with dspy.context(disable_history=False):
+                yield entries
+        else:
+            yield entries
+    finally:
+        _entries.reset(token)
+
+
+def _requests(lm: Any, kwargs: dict[str, Any]) -> int:
+    """How many requests a call may be: DSPy 3.4 asks once for each choice."""
+    number = kwargs.get("n", lm.kwargs.get("n"))
+    return number if isinstance(number, int) and number > 0 else 1
+
+
+def _timeout(lm: Any, args: Any, kwargs: dict[str, Any], timeout_s: float | None) -> dict[str, Any]:
+    """The timeout as an option of the call, for LMs that take it so."""
+    takes = isinstance(lm, dspy.LM) and isinstance(getattr(lm, "engine", "auto"), str)
+    # DSPy's explicit requests carry all their options.
+    explicit = "request" in kwargs or (args and not isinstance(args[0], str | None))
+    if timeout_s is None or not takes or explicit or "timeout" in kwargs:
+        return {}
+    given = lm.kwargs.get("timeout")
+    if given is None:
+        return {"timeout": timeout_s}
+    return {"timeout": min(given, timeout_s)} if isinstance(given, int | float) else {}
+
+
+def _in_time(call: Callable[[], Any], timeout_s: float) -> Any:
+    """The call's result, or TimeoutError; what it then still does is not waited for."""
+    results: list[Callable[[], Any]] = []
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            value = context.run(call)
+        except BaseException as error:
+            # Whatever it is, it is raised where the call was made.
+            results.append(functools.partial(_raise, error))
+        else:
+            results.append(lambda: value)
+
+    thread = threading.Thread(target=run, name="lm-call", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not results:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    return results[0]()
+
+
+def _raise(error: BaseException) -> Any:
+    raise error

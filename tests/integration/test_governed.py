@@ -1,0 +1,201 @@
+"""Tracing against a teacher that misbehaves: every example accounted for, no limit passed."""
+
+import asyncio
+import os
+import random
+import threading
+import time
+from collections import Counter
+
+import dspy
+import pytest
+import ray
+
+from distill.evaluation.evaluate import teacher_lm
+from distill.programs import Task
+from distill.tracing.collect import Collection, collect
+from distill.tracing.conductor import CallSettings
+from distill.tracing.limits import Limits
+from distill.tracing.prices import Price
+from distill.tracing.store import TraceStore
+from distill.tracing.trace import METRIC
+from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
+from serve.errors import BudgetExceeded, TracingError
+from tests import programs
+from tests.runs import MoodTeacher
+
+pytestmark = pytest.mark.integration
+
+MODEL = "openai/stand-in"
+PRICES = {MODEL: Price(10.0, 20.0)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    os.environ["OPENAI_API_KEY"] = "not-a-key"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Moody(MoodTeacher):
+    """Fails in all the ways that teachers do; keeps when it was asked and what it said."""
+
+    def __init__(self, latency_s=0.02, failing=0.0, garbled=0.0, hanging=0.0, capacity=None):
+        super().__init__(latency_s)
+        self.failing, self.garbled, self.hanging = failing, garbled, hanging
+        self.capacity, self.in_flight = capacity, 0
+        self.times, self.said, self._draw = [], Counter(), random.Random(0)
+        self.closed_until = 0.0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await super().__call__(scope, receive, send)
+        self.times.append(time.monotonic())
+        if self._draw.random() < self.hanging:
+            self.said["hang"] += 1
+            await asyncio.sleep(3600)
+        self.in_flight += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.in_flight -= 1
+
+    def _reply(self, messages):
+        now = time.monotonic()
+        if self.capacity and self.in_flight > self.capacity and now > self.closed_until:
+            self.closed_until = now + 1.0
+        if now < self.closed_until:
+            self.said[429] += 1
+            raise TeacherRefuses(429, "slow down", retry_after=1)
+        draw = self._draw.random()
+        if draw < self.failing:
+            self.said[500] += 1
+            raise TeacherRefuses(500, "out of order")
+        reply = super()._reply(messages)
+        self.said["reply"] += 1
+        return "I would rather not say." if draw < self.failing + self.garbled else reply
+
+
+def job(server, folder, number, program=None, metric=None, **changes):
+    settings = {"model": MODEL, "api_base": server.api_base}
+    given = {
+        "task": Task(program or programs.build(), dspy.ChatAdapter(), metric),
+        "lm": teacher_lm(settings),
+        "examples": [dspy.Example(text=f"sunny {n}").with_inputs("text") for n in range(number)],
+        "store": TraceStore(str(folder)),
+        "actors": 2,
+        "concurrency": 16,
+        "limits": Limits(),
+        "calls": CallSettings(prices=PRICES),
+    }
+    return Collection(**{**given, **changes})
+
+
+def ignore(*_):
+    pass
+
+
+def traces_of(collection):
+    return list(collection.store.latest(collection.keys()).values())
+
+
+def test_every_example_is_accounted_for_whatever_the_teacher_does(tmp_path):
+    teacher = Moody(failing=0.05, garbled=0.05, hanging=0.01, capacity=24)
+    with serve_in_background(teacher) as server:
+        moody = job(server, tmp_path, 400, calls=CallSettings(timeout_s=3.0, prices=PRICES))
+        counted = []
+        collect(moody, lambda counts, *_: counted.append(counts))
+    traces = traces_of(moody)
+    assert len(traces) == 400 == counted[-1].finished
+    failures = Counter(trace.failure.type for trace in traces if trace.failure)
+    assert set(failures) <= {"AdapterParseError"}
+    assert failures["AdapterParseError"] < 20
+    assert teacher.said["hang"] > 0 < teacher.said[500]
+    assert sum(trace.usage.calls for trace in traces) == teacher.said["reply"]
+
+
+def test_no_minute_at_the_teacher_sees_more_requests_than_allowed(tmp_path):
+    teacher = Moody(failing=0.05)
+    with serve_in_background(teacher) as server:
+        limited = job(server, tmp_path, 90, limits=Limits(requests_per_minute=80))
+        collect(limited, ignore)
+    times = teacher.times
+    for start in times:
+        assert sum(start <= time < start + 60 for time in times) <= 80
+    assert len(traces_of(limited)) == 90
+    assert times[-1] - times[0] < 75
+
+
+def test_an_outage_is_waited_out_without_losing_an_example(tmp_path):
+    teacher = Moody()
+
+    def fail_for_a_while():
+        while len(teacher.times) < 20:
+            time.sleep(0.01)
+        teacher.failing = 1.0
+        time.sleep(6)
+        teacher.failing = 0.0
+
+    with serve_in_background(teacher) as server:
+        threading.Thread(target=fail_for_a_while, daemon=True).start()
+        interrupted = job(server, tmp_path, 200, concurrency=8)
+        collect(interrupted, ignore)
+    assert len(traces_of(interrupted)) == 200
+    assert not any(trace.failure for trace in traces_of(interrupted))
+    assert teacher.said[500] < 16 * 4
+
+
+def test_the_budget_is_passed_by_no_more_than_the_calls_in_flight(tmp_path):
+    teacher = Moody(latency_s=0.2)
+    with serve_in_background(teacher) as server:
+        probe = job(server, tmp_path / "probe", 1, programs.TwoSteps())
+        collect(probe, ignore)
+        cost = traces_of(probe)[0].usage.cost_usd
+        assert cost > 0
+        teacher.said.clear()
+        bounded = job(
+            server, tmp_path, 100, programs.TwoSteps(), limits=Limits(budget_usd=20 * cost)
+        )
+        with pytest.raises(BudgetExceeded, match="budget_usd"):
+            collect(bounded, ignore)
+        spent = sum(trace.spent.cost_usd or 0.0 for trace in bounded.store.scan())
+        assert spent <= 20 * cost + cost / 2
+        assert teacher.said["reply"] <= 2 * 20 + 1
+        assert spent > 15 * cost
+        collect(job(server, tmp_path, 100, programs.TwoSteps()), ignore)
+        done = [trace for trace in traces_of(bounded) if not trace.failure]
+        assert len(done) == 100
+
+
+def test_a_model_that_is_not_there_stops_the_run_at_once(tmp_path):
+    def refuse(messages):
+        raise TeacherRefuses(404, "no such model")
+
+    teacher = StandInTeacher(refuse)
+    with serve_in_background(teacher) as server, pytest.raises(TracingError, match="no such model"):
+        collect(job(server, tmp_path, 500), ignore)
+    assert teacher.calls <= 2 * 32
+
+
+def test_usage_is_told_by_predictor_and_a_metrics_calls_are_counted(tmp_path):
+    def metric(example, prediction, trace=None):
+        return dspy.Predict(programs.Sentiment)(text=example.text).mood == prediction.mood
+
+    teacher = Moody()
+    with serve_in_background(teacher) as server:
+        judged = job(server, tmp_path, 4, programs.TwoSteps(), metric)
+        counted = []
+        collect(judged, lambda counts, calls, total: counted.append((counts, calls)))
+    for trace in traces_of(judged):
+        assert {name: usage.calls for name, usage in trace.usages.items()} == {
+            "judge": 1,
+            "answer": 1,
+            METRIC: 1,
+        }
+        assert trace.usage.calls == 2
+        assert trace.spent.calls == 3
+        assert trace.score.value == 1.0
+    counts, calls = counted[-1]
+    assert calls == teacher.said["reply"] == 12
+    assert counts.cost_usd == pytest.approx(sum(t.spent.cost_usd for t in traces_of(judged)))

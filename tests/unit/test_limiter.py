@@ -1,0 +1,293 @@
+"""The limiter, told the time: what it promises holds whatever is asked and whatever ends when."""
+
+import heapq
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.tracing.limiter import LEASE_S, OUTAGE_AFTER, OUTAGE_LIMIT_S, TRAVEL_S, Limiter
+from distill.tracing.permits import Ask, Bounds, Ended, Outcome, Permit, Stop, Wait
+
+ASK = Ask("m")
+
+
+def limiter(**bounds):
+    return Limiter(Bounds(**bounds), jitter=lambda: 0.5)
+
+
+def permitted(limits, now, ask=ASK):
+    permit = limits.ask(now, ask)
+    assert isinstance(permit, Permit), permit
+    return permit
+
+
+def answered(tokens=None, cost_usd=None):
+    return Outcome(Ended.ANSWERED, tokens, cost_usd)
+
+
+class Teacher:
+    """Simulates callers and a teacher, in order of time; keeps when what arrived."""
+
+    def __init__(self, limits, callers, draw):
+        self.limits, self.draw = limits, draw
+        self.arrived, self.most_in_flight = [], 0
+        self.events = [(draw.uniform(0, 1), number, "ask", None) for number in range(callers)]
+        heapq.heapify(self.events)
+
+    def run(self, seconds, outcome):
+        order = len(self.events)
+        while self.events and self.events[0][0] < seconds:
+            now, _, what, permit = heapq.heappop(self.events)
+            order += 1
+            if what == "end":
+                self.limits.finish(now, permit.id, outcome())
+                heapq.heappush(self.events, (now, order, "ask", None))
+                continue
+            answer = self.limits.ask(now, ASK)
+            self.most_in_flight = max(self.most_in_flight, self.limits.in_flight)
+            if isinstance(answer, Permit):
+                took = self.draw.choice([0.01, 0.5, 3, 30, 90]) * self.draw.uniform(0.5, 1)
+                self.arrived.append(now + self.draw.uniform(0, min(took, TRAVEL_S)))
+                heapq.heappush(self.events, (now + took, order, "end", answer))
+            elif isinstance(answer, Wait):
+                assert answer.seconds > 0
+                heapq.heappush(self.events, (now + answer.seconds, order, "ask", None))
+        return sorted(self.arrived)
+
+
+def most_in_a_minute(times, amounts=None):
+    amounts = amounts or [1] * len(times)
+    most, start, running = 0, 0, 0
+    for end, time in enumerate(times):
+        running += amounts[end]
+        while times[start] <= time - 60 + 1e-9:
+            running -= amounts[start]
+            start += 1
+        most = max(most, running)
+    return most
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 200), st.integers(1, 50), st.randoms(use_true_random=False))
+def test_no_sliding_minute_sees_more_requests_than_allowed(limit, callers, draw):
+    teacher = Teacher(limiter(requests_per_minute=limit), callers, draw)
+    times = teacher.run(400, answered)
+    assert most_in_a_minute(times) <= limit
+
+
+def test_the_requests_that_are_allowed_are_made():
+    limits, now, made = limiter(requests_per_minute=60), 0.0, 0
+    while now < 600:
+        answer = limits.ask(now, ASK)
+        if isinstance(answer, Permit):
+            limits.finish(now + 0.01, answer.id, answered())
+            made += 1
+        else:
+            now += answer.seconds
+    assert made >= 0.98 * 600
+
+
+@given(st.lists(st.integers(1, 500), min_size=5, max_size=200), st.integers(500, 2000))
+def test_tokens_of_a_minute_stay_under_the_limit_by_the_largest_surprise(sizes, limit):
+    limits, now, made = limiter(tokens_per_minute=limit), 0.0, []
+    for size in sizes:
+        while not isinstance(answer := limits.ask(now, ASK), Permit):
+            now += answer.seconds
+        made.append((now, size))
+        limits.finish(now + 0.1, answer.id, answered(size))
+        now += 0.2
+    most = most_in_a_minute([time for time, _ in made], [size for _, size in made])
+    # One at a time: what a call takes beyond the expected is known before the next.
+    assert most <= limit + max(sizes)
+
+
+def test_a_call_larger_than_the_limit_goes_alone():
+    limits = limiter(requests_per_minute=2)
+    permitted(limits, 0, Ask("m", requests=5))
+    assert isinstance(limits.ask(0, ASK), Wait)
+    assert isinstance(limits.ask(TRAVEL_S + 60, ASK), Permit)
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=30, max_size=60), st.integers(1, 20))
+def test_spending_passes_the_budget_by_no_more_than_the_calls_in_flight(costs, width):
+    limits, budget = limiter(budget_usd=3.0), 3.0
+    flying, now, spent = [], 0.0, 0.0
+    for cost in costs:
+        answer = limits.ask(now, ASK)
+        if isinstance(answer, Permit):
+            flying.append((answer, cost))
+        if answer is Stop.BUDGET:
+            break
+        if flying and (isinstance(answer, Wait) or len(flying) >= width):
+            permit, cost = flying.pop(0)
+            limits.finish(now, permit.id, answered(10, cost))
+            spent += cost
+        now += 1
+    under_way = sum(cost for _, cost in flying)
+    assert spent + under_way <= budget + under_way + max(costs)
+    assert limits.spent_usd == pytest.approx(spent)
+
+
+def test_calls_of_one_price_never_pass_the_budget():
+    limits, flying, spent = limiter(budget_usd=1.0), [], 0.0
+    for now in range(1000):
+        answer = limits.ask(now, ASK)
+        if isinstance(answer, Permit):
+            flying.append(answer)
+        elif answer is Stop.BUDGET:
+            break
+        else:
+            limits.finish(now, flying.pop(0).id, answered(10, 0.03))
+            spent += 0.03
+    assert limits.stopped is Stop.BUDGET
+    assert 0.9 < spent + 0.03 * len(flying) <= 1.0
+
+
+def test_with_a_budget_the_first_call_of_a_model_goes_alone():
+    limits = limiter(budget_usd=1.0)
+    first = permitted(limits, 0)
+    assert isinstance(limits.ask(0, ASK), Wait)
+    assert isinstance(limits.ask(0, Ask("other")), Permit)
+    limits.finish(1, first.id, answered(10, 0.01))
+    permitted(limits, 1)
+    permitted(limits, 1)
+
+
+def test_a_budget_without_a_price_stops():
+    limits = limiter(budget_usd=1.0)
+    limits.finish(1, permitted(limits, 0).id, answered(10, None))
+    assert limits.ask(1, ASK) is Stop.UNPRICED
+
+
+def test_refusals_halve_the_calls_in_flight_once_for_all_under_way():
+    limits = limiter()
+    permits = [permitted(limits, 0) for _ in range(64)]
+    for permit in permits[:20]:
+        limits.finish(1, permit.id, Outcome(Ended.REFUSED))
+    for permit in permits[20:]:
+        limits.finish(2, permit.id, answered())
+    flying = 0
+    while isinstance(limits.ask(3, ASK), Permit):
+        flying += 1
+    assert 30 <= flying <= 36
+
+
+def test_successes_let_the_calls_in_flight_grow_again():
+    limits, draw = limiter(), random.Random(0)
+    permits = [permitted(limits, 0) for _ in range(64)]
+    for permit in permits:
+        limits.finish(1, permit.id, Outcome(Ended.REFUSED))
+    teacher = Teacher(limits, 200, draw)
+    teacher.run(600, answered)
+    assert teacher.most_in_flight > 100
+
+
+def test_one_hanging_connection_in_a_hundred_changes_nothing():
+    limits = limiter()
+    for now in range(1000):
+        ended = Ended.TIMED_OUT if now % 100 == 0 else Ended.ANSWERED
+        limits.finish(now, permitted(limits, now).id, Outcome(ended))
+    for _ in range(200):
+        permitted(limits, 1000)
+
+
+def test_many_timeouts_halve_the_calls_in_flight():
+    limits = limiter()
+    permits = [permitted(limits, 0) for _ in range(64)]
+    for number, permit in enumerate(permits):
+        ended = Ended.TIMED_OUT if number % 3 == 0 else Ended.ANSWERED
+        limits.finish(1, permit.id, Outcome(ended))
+    flying = 0
+    while isinstance(limits.ask(3, ASK), Permit):
+        flying += 1
+    assert flying < 64
+
+
+def test_everybody_waits_as_long_as_the_teacher_says():
+    limits = limiter()
+    permit = permitted(limits, 0)
+    limits.finish(1, permit.id, Outcome(Ended.REFUSED, retry_after_s=7))
+    for now in (1, 4, 7.9):
+        wait = limits.ask(now, Ask("other"))
+        assert isinstance(wait, Wait)
+        assert now + wait.seconds >= 8
+    permitted(limits, 8.1)
+
+
+def down(limits, now, count=OUTAGE_AFTER):
+    permits = [permitted(limits, now) for _ in range(count)]
+    for permit in permits:
+        limits.finish(now, permit.id, Outcome(Ended.DOWN))
+
+
+def test_an_outage_lets_one_probe_through_at_a_time_and_ends_with_its_reply():
+    limits = limiter()
+    down(limits, 0)
+    assert isinstance(limits.ask(0.1, ASK), Wait)
+    probe = permitted(limits, 2)
+    assert probe.outages == 1
+    assert isinstance(limits.ask(2, ASK), Wait)
+    limits.finish(3, probe.id, Outcome(Ended.DOWN))
+    assert isinstance(limits.ask(3.5, ASK), Wait)
+    again = permitted(limits, 6)
+    limits.finish(6, again.id, answered())
+    for _ in range(20):
+        permitted(limits, 6)
+
+
+def test_a_probe_that_is_given_back_makes_way_for_another():
+    limits = limiter()
+    down(limits, 0)
+    limits.give_back(3, permitted(limits, 2).id)
+    permitted(limits, 3)
+
+
+def test_an_outage_that_does_not_end_stops_the_run():
+    limits, now = limiter(), 0.0
+    down(limits, now)
+    while now < OUTAGE_LIMIT_S:
+        answer = limits.ask(now, ASK)
+        if isinstance(answer, Permit):
+            limits.finish(now, answer.id, Outcome(Ended.DOWN))
+        now += 10
+    assert limits.ask(now + 1, ASK) is Stop.OUTAGE
+
+
+def test_single_server_errors_are_no_outage():
+    limits = limiter()
+    for now in range(100):
+        down(limits, now, OUTAGE_AFTER - 1)
+        limits.finish(now, permitted(limits, now).id, answered())
+
+
+def test_a_hopeless_call_stops_all():
+    limits = limiter()
+    limits.finish(1, permitted(limits, 0).id, Outcome(Ended.HOPELESS))
+    assert limits.ask(1, ASK) is Stop.HOPELESS
+
+
+def test_a_permit_that_is_given_back_is_free_at_once():
+    limits = limiter(requests_per_minute=1)
+    limits.give_back(LEASE_S, permitted(limits, 0).id)
+    permitted(limits, LEASE_S)
+    assert limits.in_flight == 1
+
+
+def test_another_job_has_its_own_budget_and_the_same_minute():
+    limits = limiter(requests_per_minute=1, budget_usd=1.0)
+    limits.finish(1, permitted(limits, 0).id, answered(1, 2.0))
+    assert limits.ask(2, ASK) is Stop.BUDGET
+    limits.begin(Bounds(requests_per_minute=1, budget_usd=5.0, spent_usd=2.0))
+    assert isinstance(limits.ask(2, ASK), Wait)
+    permitted(limits, 62)
+
+
+def test_what_is_over_may_be_said_twice():
+    limits = limiter()
+    permit = permitted(limits, 0)
+    for _ in range(2):
+        limits.finish(1, permit.id, answered())
+        limits.give_back(1, permit.id)
+    assert limits.in_flight == 0
