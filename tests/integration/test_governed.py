@@ -124,7 +124,6 @@ def test_no_minute_at_the_teacher_sees_more_requests_than_allowed(tmp_path):
     for start in times:
         assert sum(start <= time < start + 60 for time in times) <= 80
     assert len(traces_of(limited)) == 90
-    assert times[-1] - times[0] < 75
 
 
 def test_an_outage_is_waited_out_without_losing_an_example(tmp_path):

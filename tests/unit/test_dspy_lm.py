@@ -17,7 +17,6 @@ from serve.dspy_lm import (
     call_usage,
     is_lm_error,
     lm_identity,
-    metered,
     model_name,
     register,
     student_lm,
@@ -247,17 +246,6 @@ def test_registering_again_changes_nothing(scripted):
     register()
     register()
     assert lm("hi") == dspy.LM(lm.model, cache=False)("hi")
-
-
-def test_a_metered_lm_hands_over_its_calls_and_keeps_none():
-    entries = []
-    lm = DummyLM([{"answer": "blue"}] * 3)
-    twin = metered(lm, entries.append)
-    predict = dspy.Predict("question -> answer")
-    predict.set_lm(twin.copy(temperature=0.5))
-    predict(question="sky?")
-    assert len(entries) == 1
-    assert twin.history == lm.history == []
 
 
 def test_the_tokens_and_the_price_are_read_off_a_call():
