@@ -122,16 +122,13 @@ def _check(arguments: Arguments, terminal: Terminal) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     terminal.silence()
-    from distill import cluster, preflight
+    from distill import cluster, estimate, preflight
 
     inputs = preflight.load(config)
     with cluster.connected():
         preflight.check_cluster(config.train, config.trace)
-    expected = preflight.estimate(inputs)
-    terminal.say(
-        f"All is well. A run would make about {expected['teacher_calls']:,} teacher calls, with "
-        f"{expected['prompt_tokens']:,} prompt tokens, for {expected['examples']:,} examples."
-    )
+    expected = estimate.estimate(inputs, config)
+    terminal.say("All is well. " + estimate.describe(expected, config))
 
 
 def _report(arguments: Arguments, terminal: Terminal) -> None:

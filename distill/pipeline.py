@@ -22,6 +22,7 @@ from distill.evaluation.evaluate import (
     for_student,
     run_arm,
     scored_traces,
+    spent_by_predictor,
     student_lm,
     teacher_lm,
 )
@@ -117,7 +118,13 @@ def make_rows(run: Run) -> Rows:
         val=run.directory.join("rows/val.jsonl"),
         fingerprint=fingerprint(split),
         outputs=list(dict.fromkeys(name for trace in kept for name in trace.prediction or ())),
-        tracing=summary.tracing_section(run.directory, traces, len(kept), rejected),
+        tracing=summary.tracing_section(
+            run.directory,
+            spent_by_predictor(_teacher_job(run)),
+            len(traces),
+            len(kept),
+            rejected,
+        ),
         folding=summary.folding_section(folding, counts),
     )
 

@@ -20,8 +20,6 @@ from serve.cluster import capacity
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 
-CHARS_PER_TOKEN = 4
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -107,25 +105,6 @@ def use_gpu(train: TrainConfig) -> bool:
     if train.use_gpu == "auto":
         return capacity("GPU") > 0
     return train.use_gpu
-
-
-def estimate(inputs: Inputs) -> dict[str, Any]:
-    """Calls and prompt tokens of tracing, from rendered prompts; no teacher is called.
-
-    Every predictor is taken to be called once an example, and a token to be four
-    characters, so loops and branches are not seen.
-    """
-    program, adapter = inputs.task.program, inputs.task.adapter
-    prompts = rows.check_renderable(rows.predictor_prompts(program), adapter)
-    num_examples = len(datasets.distinct([*inputs.train, *inputs.dev, *inputs.test]))
-    characters = sum(len(str(message["content"])) for prompt in prompts for message in prompt)
-    values = [sum(len(str(v)) for v in e.inputs().toDict().values()) for e in inputs.train]
-    per_example = characters + len(prompts) * sum(values) / len(values)
-    return {
-        "examples": num_examples,
-        "teacher_calls": num_examples * len(prompts),
-        "prompt_tokens": round(num_examples * per_example / CHARS_PER_TOKEN),
-    }
 
 
 def _training_data(config: RunConfig) -> tuple[list[dspy.Example], list[dspy.Example]]:

@@ -1,6 +1,7 @@
 """What the stages say of themselves: a line on the terminal, a section in the report."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from distill.rows import RowCounts
 from distill.rundir import RunDir
 from distill.tracing.collect import OnProgress
 from distill.tracing.limits import Counts
-from distill.tracing.trace import Trace, total_usage
+from distill.tracing.trace import Trace, Usage, total_usage
 from serve.folding import Folding
 
 PACKAGES = ("raydistill", "ray", "dspy", "torch", "transformers", "deepspeed")
@@ -43,11 +44,12 @@ def show_tracing(stage: Stage) -> OnProgress:
         text = f"{counts.finished - counts.failed} ok, {counts.failed} failed"
         if calls:
             text += f", {calls} calls ({rate:.0f}/s)"
+        if counts.tokens:
+            text += f", {counts.tokens:,} tokens"
         if counts.cost_usd:
             text += f", ${counts.cost_usd:.4f}"
-        stage.update(
-            counts.finished, total, text, failed=counts.failed, calls=calls, cost=counts.cost_usd
-        )
+        fields = {"failed": counts.failed, "calls": calls, "tokens": counts.tokens}
+        stage.update(counts.finished, total, text, **fields, cost=counts.cost_usd)
 
     return show
 
@@ -119,18 +121,23 @@ def no_rows(traces: Sequence[Trace], rejected: Mapping[str, int]) -> str:
 
 
 def tracing_section(
-    directory: RunDir, traces: Sequence[Trace], kept: int, rejected: Mapping[str, int]
+    directory: RunDir,
+    usages: Mapping[str, Usage],
+    num_examples: int,
+    kept: int,
+    rejected: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The report's ``tracing``."""
-    usage = total_usage([trace.usage for trace in traces])
+    """The report's ``tracing``; ``usages`` by predictor."""
+    usage = total_usage(list(usages.values()))
     return {
-        "examples": len(traces),
+        "examples": num_examples,
         "kept": kept,
         "rejected": dict(rejected),
         "teacher_calls": usage.calls,
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "cost_usd": usage.cost_usd,
+        "by_predictor": {name: dataclasses.asdict(each) for name, each in usages.items()},
         "seconds": (directory.read_json(TIMES) or {}).get("trace"),
     }
 

@@ -15,7 +15,7 @@ from distill.datasets import example_id
 from distill.evaluation.report import ExampleResult
 from distill.programs import Task
 from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
-from distill.tracing.trace import FailureKind, Trace
+from distill.tracing.trace import FailureKind, Trace, Usage, total_usage
 from distill.tracing.tracer import with_current_score
 from serve.batcher import Batcher
 from serve.dspy_lm import CONNECTION, student_adapter
@@ -77,6 +77,17 @@ def scored_traces(job: Collection) -> list[Trace]:
         for key, example in keys.items()
         if key in found
     ]
+
+
+def spent_by_predictor(job: Collection) -> dict[str, Usage]:
+    """What a job has taken in all: its first tries as well, which later ones replaced."""
+    keys = job.keys()
+    spent: dict[str, list[Usage]] = {}
+    for trace in job.store.scan():
+        if trace.key in keys:
+            for name, usage in trace.usages.items():
+                spent.setdefault(name, []).append(usage)
+    return {name: total_usage(usages) for name, usages in spent.items()}
 
 
 def for_student(task: Task) -> Task:

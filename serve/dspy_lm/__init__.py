@@ -39,6 +39,7 @@ __all__ = [
     "governed",
     "is_cached",
     "is_lm_error",
+    "list_price",
     "lm_failure",
     "lm_identity",
     "model_name",
@@ -113,6 +114,12 @@ def call_usage(entry: dict[str, Any]) -> tuple[int | None, int | None, float | N
     """Prompt tokens, completion tokens and USD of one recorded call; None is not known."""
     usage = entry.get("usage") or {}
     return usage.get("prompt_tokens"), usage.get("completion_tokens"), entry.get("cost")
+
+
+def list_price(lm: dspy.BaseLM) -> tuple[float, float] | None:
+    """USD per million prompt and completion tokens, as DSPy knows them; None: it does not."""
+    prompt, completion = _end.list_price(lm)
+    return None if prompt is None or completion is None else (1e6 * prompt, 1e6 * completion)
 
 
 def is_lm_error(error: BaseException) -> bool:

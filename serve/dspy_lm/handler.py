@@ -33,6 +33,16 @@ def student_lm(reached: Reached, model: str) -> dspy.BaseLM:
     return StudentLM(reached, model)
 
 
+def list_price(lm: dspy.BaseLM) -> tuple[float | None, float | None]:
+    """USD per prompt token and per completion token, as litellm knows them."""
+    try:
+        info = litellm.get_model_info(lm.model)
+    except Exception:
+        # What litellm raises for a model that it does not know is a bare Exception.
+        return None, None
+    return info.get("input_cost_per_token"), info.get("output_cost_per_token")
+
+
 class LMInvalidRequestError(litellm.exceptions.OpenAIError, ImportError):
     """A request that a student cannot answer, which litellm must not try again.
 
