@@ -182,7 +182,7 @@ class Gate:
         """Permits to ask for ahead: as many as were just used."""
         if self._short:
             return 0
-        return max(min(started, MAX_SPARE) - len(self._spare.get(ask, ())), 0)
+        return max(min(2 * started + 2, MAX_SPARE) - len(self._spare.get(ask, ())), 0)
 
     def _expire(self, now: float) -> None:
         for spare in self._spare.values():

@@ -97,7 +97,8 @@ def gate_to(governor: Any) -> Gate:
 
     def exchange(report: Report) -> Reply:
         try:
-            reply: Reply = ray.get(governor.exchange.remote(report))
+            # Not ray.get, which in an async actor warns of blocking the loop; this is a thread.
+            reply: Reply = governor.exchange.remote(report).future().result()
         except RayError as error:
             raise TracingError(f"The run's governor is gone: {error}. Run again.") from error
         return reply
