@@ -20,9 +20,9 @@ from distill.config import SCRATCH, RunConfig
 from distill.datasets import count_leaks, example_id
 from distill.evaluation.evaluate import (
     for_student,
+    paid_by_job,
     run_arm,
     scored_traces,
-    spent_by_predictor,
     student_lm,
     teacher_lm,
 )
@@ -36,6 +36,7 @@ from distill.rundir import RunDir
 from distill.tracing.collect import Collection, LmSpec, collect
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
+from distill.tracing.spending import cost_usd
 from distill.tracing.store import TraceStore
 from serve.cluster import capacity
 from serve.errors import TracingError, TrainingError
@@ -120,7 +121,7 @@ def make_rows(run: Run) -> Rows:
         outputs=list(dict.fromkeys(name for trace in kept for name in trace.prediction or ())),
         tracing=summary.tracing_section(
             run.directory,
-            spent_by_predictor(_teacher_job(run)),
+            paid_by_job(_teacher_job(run)),
             len(traces),
             len(kept),
             rejected,
@@ -187,27 +188,32 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
 
 
 def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[ExampleResult] | None]:
-    config, test = run.config, run.inputs.test
-    teacher = teacher_lm(config.teacher.lm)
-    num_gpus = 1 if preflight.use_gpu(config.train) else 0
-    jobs = {"teacher": _teacher_job(run, test, spent_usd)}
-    models = {"student": (run.directory.join("student"), identity)}
+    config = run.config
+    models: dict[str, tuple[str, Any]] = {"student": (run.directory.join("student"), identity)}
     if config.student.model != SCRATCH:
         models["base"] = (config.student.model, preflight.base_fingerprint(config.student.model))
-    for name, (model, named) in models.items():
-        lm = student_lm(model, named, num_gpus, teacher)
-        # A student's own calls cost nothing; a metric's may.
-        limits = dataclasses.replace(Limits.of(config.trace, spent_usd), max_failure_rate=1.0)
-        jobs[name] = _job(run, for_student(run.inputs.task), lm, test, limits)
-    return {
-        name: _run_arm(run, name, jobs[name]) if name in jobs else None
-        for name in ("teacher", "base", "student")
-    }
+    arms: dict[str, list[ExampleResult] | None] = {}
+    for name in ("teacher", "base", "student"):
+        if name == "teacher":
+            job = _teacher_job(run, run.inputs.test, spent_usd)
+        elif name in models:
+            job = _student_job(run, *models[name], spent_usd)
+        else:
+            arms[name] = None
+            continue
+        with run.progress.stage(f"evaluate {name}") as stage:
+            arms[name] = run_arm(job, summary.show_tracing(stage))
+        spent_usd += cost_usd(paid_by_job(job))
+    return arms
 
 
-def _run_arm(run: Run, name: str, job: Collection) -> list[ExampleResult]:
-    with run.progress.stage(f"evaluate {name}") as stage:
-        return run_arm(job, summary.show_tracing(stage))
+def _student_job(run: Run, model: str, identity: Any, spent_usd: float) -> Collection:
+    config = run.config
+    num_gpus = 1 if preflight.use_gpu(config.train) else 0
+    lm = student_lm(model, identity, num_gpus, teacher_lm(config.teacher.lm))
+    # Its own calls cost nothing, and may fail; its metric's are a teacher's.
+    limits = dataclasses.replace(Limits.of(config.trace, spent_usd), max_failure_rate=1.0)
+    return _job(run, for_student(run.inputs.task), lm, run.inputs.test, limits)
 
 
 def _teacher_job(

@@ -15,11 +15,15 @@ from distill.datasets import example_id
 from distill.evaluation.report import ExampleResult
 from distill.programs import Task
 from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
-from distill.tracing.trace import FailureKind, Trace, Usage, total_usage
-from distill.tracing.tracer import with_current_score
+from distill.tracing.conductor import Conductor
+from distill.tracing.governor import gate_to, governing
+from distill.tracing.spending import cost_usd, paid_by_predictor
+from distill.tracing.trace import FailureKind, Trace, Usage
+from distill.tracing.tracer import has_current_score, with_current_score
 from serve.batcher import Batcher
-from serve.dspy_lm import CONNECTION, student_adapter
+from serve.dspy_lm import CONNECTION, governed, student_adapter
 from serve.dspy_lm import student_lm as answering_lm
+from serve.errors import BudgetExceeded, BudgetSpent, CallPrevented, TracingError
 from serve.models import load_engine
 
 
@@ -68,26 +72,36 @@ def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
 
 
 def scored_traces(job: Collection) -> list[Trace]:
-    """The traces that the store holds for a job, scored by its metric as it is now."""
+    """The traces that the store holds for a job, scored by its metric as it is now.
+
+    Raises:
+        BudgetExceeded, TracingError: The metric asks an LM, and may not.
+    """
     keys = job.keys()
     found = job.store.latest(keys)
-    judge = (job.lm.judge or job.lm.make)()
-    return [
-        with_current_score(found[key], example, job.task, judge)
-        for key, example in keys.items()
-        if key in found
-    ]
+    pairs = [(found[key], example) for key, example in keys.items() if key in found]
+    if all(has_current_score(trace, job.task) for trace, _ in pairs):
+        return [trace for trace, _ in pairs]
+    spent_usd = cost_usd(paid_by_job(job))
+    failed: list[Exception] = []
+    with governing(job.store.uri, job.limits.bounds(spent_usd)) as governor:
+        conductor = Conductor(gate_to(governor), job.calls, lambda _: None, failed.append)
+        judge = governed((job.lm.judge or job.lm.make)(), conductor)
+        traces = [with_current_score(trace, example, job.task, judge) for trace, example in pairs]
+    for error in failed:
+        # Not a bad score: what the metric would have said is not known.
+        if isinstance(error, BudgetSpent):
+            raise BudgetExceeded(f"The metric asks an LM: {error}") from error
+        if isinstance(error, CallPrevented):
+            raise TracingError(f"The metric asks an LM: {error}") from error
+    return traces
 
 
-def spent_by_predictor(job: Collection) -> dict[str, Usage]:
-    """What a job has taken in all: its first tries as well, which later ones replaced."""
+def paid_by_job(job: Collection) -> dict[str, Usage]:
+    """What a job has paid for, by predictor: first tries that were replaced as well."""
     keys = job.keys()
-    spent: dict[str, list[Usage]] = {}
-    for trace in job.store.scan():
-        if trace.key in keys:
-            for name, usage in trace.usages.items():
-                spent.setdefault(name, []).append(usage)
-    return {name: total_usage(usages) for name, usages in spent.items()}
+    records = (trace for trace in job.store.scan() if trace.key in keys)
+    return paid_by_predictor(records, job.lm.override_lms)
 
 
 def for_student(task: Task) -> Task:

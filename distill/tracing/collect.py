@@ -24,8 +24,9 @@ from distill.programs import Task, fingerprint, program_fingerprint
 from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_to, governing
 from distill.tracing.limits import Counts, Limits, StopReason, explain, should_stop, too_many_failed
+from distill.tracing.spending import cost_usd, paid, paid_by_predictor
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import Failure, FailureKind, Trace, Usage
+from distill.tracing.trace import Failure, FailureKind, Trace, total_usage
 from distill.tracing.tracer import Tracer
 from serve.errors import BudgetExceeded, TracingError
 
@@ -105,6 +106,10 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
     """
     examples = job.keys()
     counts, todo = _resume(job, examples)
+    if job.limits.budget_usd is not None:
+        # Of first tries as well, which later ones have replaced.
+        records = (trace for trace in job.store.scan() if trace.key in examples)
+        counts.cost_usd = cost_usd(paid_by_predictor(records, job.lm.override_lms))
     on_progress(counts, 0, len(examples))
     if not todo:
         return
@@ -216,17 +221,6 @@ class _Dispatcher:
         self._todo.append(key)
 
 
-def _acknowledgement(trace: Trace, paid: Usage) -> Acknowledgement:
-    return Acknowledgement(
-        key=trace.key,
-        failure=trace.failure,
-        calls=trace.spent.calls,
-        tokens=(trace.spent.prompt_tokens or 0) + (trace.spent.completion_tokens or 0),
-        cost_usd=paid.cost_usd,
-        unpriced=paid.calls > 0 and paid.cost_usd is None,
-    )
-
-
 @contextlib.contextmanager
 def _actors(job: Collection, governor: Any) -> Iterator[list[Any]]:
     payload = cloudpickle.dumps(
@@ -264,11 +258,20 @@ class TraceActor:
         assert self._tracer is not None
         trace = await self._tracer.trace(key, example)
         await self._commit(trace)
-        return _acknowledgement(trace, self._tracer.paid(trace))
+        paid_for = total_usage(list(paid(trace, self._ours).values()))
+        return Acknowledgement(
+            key=key,
+            failure=trace.failure,
+            calls=trace.spent.calls,
+            tokens=(trace.spent.prompt_tokens or 0) + (trace.spent.completion_tokens or 0),
+            cost_usd=paid_for.cost_usd,
+            unpriced=paid_for.calls > 0 and paid_for.cost_usd is None,
+        )
 
     def _set_up(self) -> None:
         # Not in __init__, which runs outside the event loop that an LM may need.
         task, spec, concurrency, uri, governor, calls = cloudpickle.loads(self._payload)
+        self._ours = spec.override_lms
         self._writer = TraceStore(uri).writer()
         self._tracer = Tracer(
             cloudpickle.loads(task),

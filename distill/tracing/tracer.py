@@ -88,7 +88,7 @@ class Tracer:
         gate: Gate | None = None,
         calls: CallSettings | None = None,
     ) -> None:
-        self._task, self._ours = task, override_lms
+        self._task = task
         conductor = Conductor(
             gate or OpenGate(), calls or CallSettings(), self._record, _record_error
         )
@@ -128,10 +128,6 @@ class Tracer:
             failure=run.failure(),
             usages=_by_name(run.usages),
         )
-
-    def paid(self, trace: Trace) -> Usage:
-        """What of a trace was for LMs that are not our own."""
-        return trace.usages.get(METRIC, Usage()) if self._ours else trace.spent
 
     @contextlib.contextmanager
     def _context(self, run: _Run) -> Iterator[None]:
@@ -214,6 +210,12 @@ def score_prediction(
     return Score(identity, value)
 
 
+def has_current_score(trace: Trace, task: Task) -> bool:
+    """Whether a trace's score, or its having none, is by the task's metric as it is now."""
+    identity = metric_fingerprint(task.metric) if task.metric else None
+    return trace.prediction is None or identity == (trace.score and trace.score.metric)
+
+
 def with_current_score(
     trace: Trace, example: dspy.Example, task: Task, judge: dspy.BaseLM
 ) -> Trace:
@@ -221,14 +223,13 @@ def with_current_score(
 
     A changed metric changes what is kept, not what the teacher said: the program is not run.
     """
-    identity = metric_fingerprint(task.metric) if task.metric else None
-    if trace.prediction is None or identity == (trace.score and trace.score.metric):
+    if has_current_score(trace, task):
         return trace
-    if task.metric is None or identity is None:
+    if task.metric is None or trace.prediction is None:
         return dataclasses.replace(trace, score=None)
     prediction = revive_prediction(trace.prediction, task.program)
     with judging(task, judge):
-        score = score_prediction(task.metric, identity, example, prediction)
+        score = score_prediction(task.metric, metric_fingerprint(task.metric), example, prediction)
     return dataclasses.replace(trace, score=score)
 
 
