@@ -5,7 +5,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -65,9 +65,11 @@ class Settings:
         tracing: TraceConfig = validated(
             TraceConfig, {"max_failure_rate": MAX_FAILURE_RATE, **(trace or {})}, "trace"
         )
-        if num_threads:
+        if num_threads is not None:
+            if num_threads < 1:
+                raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
             actors = min(tracing.actors, num_threads)
-            spread = {"actors": actors, "concurrency": -(-num_threads // actors)}
+            spread = {"actors": actors, "concurrency": num_threads // actors}
             tracing = tracing.model_copy(update=spread)
         sizes = validated(ScratchConfig, scratch or {}, "scratch")
         return cls(scratch=sizes, trace=tracing, **plain)
@@ -131,16 +133,19 @@ class Plan:
         """Whether a metric chooses among the traces."""
         return self.student.metric is not None
 
-    def check_cluster(self) -> None:
-        """Check that the connected cluster can hold the compile.
+    def fitted(self) -> "Plan":
+        """The same, for the connected cluster.
 
         Raises:
             ConfigurationError: More workers or actors are asked for than fit.
         """
-        preflight.check_actors(self.trace)
+        trace = preflight.fitted_actors(self.trace)
+        preflight.check_actors(trace)
         for group in self.groups:
-            if isinstance(getattr(group.lm, "provider", None), RayProvider):
-                preflight.check_workers(parse_train_kwargs(group.train_kwargs, SCRATCH).train)
+            if _trains_here(group.lm):
+                train = parse_train_kwargs(group.train_kwargs, SCRATCH).train
+                preflight.check_workers(preflight.fitted_workers(train))
+        return replace(self, trace=trace)
 
 
 def make_plan(
@@ -160,6 +165,11 @@ def make_plan(
     _check_metric(optimizer.metric)
     groups, keys = _make_groups(optimizer, student)
     teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    if not teachers:
+        raise ConfigurationError(
+            "teacher is an empty list: there is nothing to learn from. Leave it out, and the "
+            "student is its own teacher."
+        )
     programs = [_structural(student, program) for program in teachers]
     _check_examples("trainset", trainset, programs)
     _check_examples("valset", valset or (), programs)
@@ -183,13 +193,17 @@ def make_plan(
 
 
 def _check_program(student: Any) -> None:
-    if not isinstance(student, dspy.Module):
-        raise ConfigurationError(
-            f"student is a {type(student).__name__}; expected a dspy.Module, that is an instance "
-            "and not the class."
-        )
+    _check_module("student", student)
     if not student.predictors():
         raise ConfigurationError(f"{type(student).__name__} has no predictors to fine-tune.")
+
+
+def _check_module(name: str, program: Any) -> None:
+    if not isinstance(program, dspy.Module):
+        raise ConfigurationError(
+            f"{name} is a {type(program).__name__}; expected a dspy.Module, that is an instance "
+            "and not the class."
+        )
 
 
 def _check_metric(metric: Any) -> None:
@@ -227,6 +241,8 @@ def _check_examples(name: str, examples: Any, programs: Sequence[dspy.Module]) -
 
 def _structural(student: dspy.Module, teacher: dspy.Module | None) -> dspy.Module:
     """The teacher; the student where there is none."""
+    if teacher is not None:
+        _check_module("teacher", teacher)
     try:
         return prepare_teacher(student, teacher)
     except AssertionError as error:
@@ -241,6 +257,13 @@ def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
             f"The teacher's predictors {', '.join(without)} have no LM to ask. Configure one with "
             "dspy.configure(lm=...), or give the teacher its own with teacher.set_lm(lm)."
         )
+    for asked in (lm, *(predictor.lm for predictor in program.predictors())):
+        if asked is not None and asked.model == model_name(SCRATCH):
+            raise ConfigurationError(
+                f"The teacher's LM is {asked.model}, which is not trained yet, so it has nothing "
+                "to teach. Give compile a teacher= whose LM is, or leave the predictors' LMs to "
+                'the teacher and name the student with student_model="scratch".'
+            )
     task = _make_task(program, metric)
     task.dumps()
     fresh = lm.copy()
@@ -264,7 +287,11 @@ def _make_groups(
     """The fine-tunings, and which of them each predictor belongs to."""
     settings = optimizer.settings
     name = settings.name or type(student).__name__
-    shared = _student_lm(settings, settings.student_model, name) if settings.student_model else None
+    # Students of ours that a program has already go on from where they are.
+    own = all(_trains_here(predictor.lm) for predictor in student.predictors())
+    shared = None
+    if settings.student_model and not own:
+        shared = _student_lm(settings, settings.student_model, name)
     prompts = predictor_prompts(student, optimizer.exclude_demos)
     members: dict[Key, dict[str, Any]] = {}
     keys: list[Key] = []
@@ -285,6 +312,10 @@ def _make_groups(
     }
     groups = [_make_group(optimizer, key, lms, learned[key]) for key, lms in members.items()]
     return groups, keys
+
+
+def _trains_here(lm: Any) -> bool:
+    return isinstance(getattr(lm, "provider", None), RayProvider)
 
 
 def _student_lm(settings: Settings, model: str, name: str) -> dspy.LM:
@@ -319,7 +350,7 @@ def _check_finetunable(optimizer: "RayBootstrapFinetune", group: Group, predicto
     # Whoever puts another method in the place of finetune_lms knows what that one can train.
     if optimizer.finetune_lms is not type(optimizer).finetune_lms:
         return
-    provider = getattr(group.lm, "provider", None)
+    provider: Any = getattr(group.lm, "provider", None)
     if not getattr(provider, "finetunable", False):
         raise ConfigurationError(
             f"The LM of {predictor}, {group.lm.model}, cannot be fine-tuned: "
@@ -327,10 +358,10 @@ def _check_finetunable(optimizer: "RayBootstrapFinetune", group: Group, predicto
             'it. Give the optimizer a student_model, such as "scratch", or the predictors an LM '
             "whose provider does."
         )
-    if isinstance(provider, RayProvider):
+    if _trains_here(group.lm):
         full = group.folding is None or group.folding.unfoldable
         blank = check_renderable(group.prompts, group.adapter) if full else ()
-        provider.check(group.lm.model, group.train_kwargs, blank)
+        provider.check(group.lm.finetuning_model or group.lm.model, group.train_kwargs, blank)
 
 
 def _choose(by_lm: Mapping[Any, Any], lms: Sequence[Any], name: str) -> Any:

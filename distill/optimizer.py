@@ -42,7 +42,8 @@ class RayBootstrapFinetune(BootstrapFinetune):
         exclude_demos: Leave the demos out of the rows, and of the program.
         num_threads: Examples in flight; None is ``trace``'s actors times concurrency.
         student_model: What the students start from: ``scratch``, a Hugging Face directory
-            or id. None: the predictors' own LMs are fine-tuned, each by its provider.
+            or id. None: the predictors' own LMs are fine-tuned, each by its provider. Where
+            all of these are of ``RayProvider`` already, they are in any case.
         prompt: ``folded`` or ``full``; see ``serve.folding``.
         scratch: Sizes of a micro-student.
         trace: How the teachers are run, as ``trace`` of a configuration file.
@@ -111,9 +112,10 @@ class RayBootstrapFinetune(BootstrapFinetune):
         directory = RunDir(f"{self.settings.storage}/{plan.name}")
         directory.create()
         with cluster.connected():
-            plan.check_cluster()
+            plan = plan.fitted()
             with directory.locked(), reporting(directory) as progress:
                 jobs = self._make_jobs(plan, self._trace(plan, directory, progress), progress)
+            _free(student)
             students = self.finetune_lms(jobs)
         for predictor, key in zip(student.predictors(), plan.keys, strict=True):
             predictor.lm = students[key]
@@ -146,6 +148,10 @@ class RayBootstrapFinetune(BootstrapFinetune):
         except BaseException:
             for job in jobs.values():
                 job.cancel()
+            # They must not outlive the Ray that they run on.
+            for job in jobs.values():
+                if job.thread:
+                    job.thread.join()
             raise
 
     def _trace(self, plan: Plan, directory: RunDir, progress: ProgressReporter) -> list[Traces]:
@@ -184,6 +190,13 @@ class RayBootstrapFinetune(BootstrapFinetune):
                     "train_kwargs": dict(group.train_kwargs),
                 }
         return jobs
+
+
+def _free(student: dspy.Module) -> None:
+    """Take down what was launched for the LMs that are to be replaced."""
+    for predictor in student.predictors():
+        if hasattr(predictor.lm, "kill"):
+            predictor.lm.kill()
 
 
 def _result(job: Any) -> Any:

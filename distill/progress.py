@@ -75,15 +75,16 @@ class ProgressReporter:
         self.console.print(f"[green]✓[/] {name:<17}{escape(stage.text)}  [dim]{seconds:.1f} s[/]")
 
 
-def open_events(path: Path) -> Callable[[dict[str, Any]], None]:
+@contextlib.contextmanager
+def open_events(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Append events to a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a", encoding="utf-8", buffering=1)
+    with path.open("a", encoding="utf-8", buffering=1) as file:
 
-    def write(event: dict[str, Any]) -> None:
-        file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
+        def write(event: dict[str, Any]) -> None:
+            file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
 
-    return write
+        yield write
 
 
 class _StageBase(abc.ABC):

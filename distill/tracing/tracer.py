@@ -18,7 +18,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError
 
 from distill.datasets import example_id
-from distill.programs import Task, metric_fingerprint
+from distill.programs import Task
 from distill.tracing.trace import (
     Failure,
     FailureKind,
@@ -30,7 +30,7 @@ from distill.tracing.trace import (
 )
 from distill.tracing.values import jsonable, revive_prediction
 from serve.dspy_lm import call_usage, is_lm_error, metered
-from serve.programs import runs_async
+from serve.programs import as_prediction, runs_async
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
@@ -44,6 +44,7 @@ class _Run:
 
     steps: list[Any]
     entries: list[dict[str, Any]]
+    returned: Any = None
     prediction: dspy.Prediction | None = None
     error: Exception | None = None
     latency_s: float = 0.0
@@ -73,7 +74,7 @@ class Tracer:
         self._lm = metered(lm, _record)
         self._judge = judge or lm
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")
-        self._metric = metric_fingerprint(task.metric) if task.metric else None
+        self._metric = task.metric_identity
         named = task.program.named_predictors()
         for _, predictor in named:
             own = None if override_lms else predictor.lm
@@ -124,11 +125,13 @@ class Tracer:
 
     def _run_sync(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
-            run.prediction = _checked(self._task.program(**example.inputs()))
+            run.returned = self._task.program(**example.inputs())
+            run.prediction = as_prediction(run.returned)
 
     async def _run_async(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
-            run.prediction = _checked(await self._task.program.acall(**example.inputs()))
+            run.returned = await self._task.program.acall(**example.inputs())
+            run.prediction = as_prediction(run.returned)
 
     async def _score(self, example: dspy.Example, run: _Run) -> Score | None:
         if self._metric is None or run.prediction is None:
@@ -138,7 +141,7 @@ class Tracer:
         def score() -> Score:
             # The metric may ask an LM of its own, but must not add steps to the trace.
             with judging(self._task, self._judge):
-                return score_prediction(metric, self._metric or "", example, run.prediction)
+                return score_prediction(metric, self._metric or "", example, run.returned)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
 
@@ -178,7 +181,7 @@ def with_current_score(
 
     A changed metric changes what is kept, not what the teacher said: the program is not run.
     """
-    identity = metric_fingerprint(task.metric) if task.metric else None
+    identity = task.metric_identity
     if trace.prediction is None or identity == (trace.score and trace.score.metric):
         return trace
     if task.metric is None or identity is None:
@@ -200,14 +203,6 @@ def _unique(pairs: Any) -> dict[str, str]:
     for stage, name in pairs:
         names.setdefault(stage, []).append(name)
     return {stage: found[0] for stage, found in names.items() if len(found) == 1}
-
-
-def _checked(prediction: Any) -> dspy.Prediction:
-    if not isinstance(prediction, dspy.Prediction):
-        raise TypeError(
-            f"the program returned a {type(prediction).__name__}; expected a dspy.Prediction"
-        )
-    return prediction
 
 
 def _usage(entry: dict[str, Any]) -> Usage:
