@@ -72,7 +72,11 @@ class ProgressReporter:
             raise
         seconds = time.monotonic() - start
         self.event("stage_end", stage=name, seconds=round(seconds, 3))
-        self.console.print(f"[green]✓[/] {name:<17}{escape(stage.text)}  [dim]{seconds:.1f} s[/]")
+        self.console.print(
+            f"[green]✓[/] {name:<17}{escape(stage.text)}  [dim]{seconds:.1f} s[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @contextlib.contextmanager

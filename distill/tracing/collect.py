@@ -219,7 +219,7 @@ class _Dispatcher:
                 cause = error.cause if error.cause is not None else error
                 raise TracingError(
                     f"A tracing actor failed: {type(cause).__name__}: {cause}. What was traced is "
-                    "kept; mend the cause and run the same command again."
+                    "kept; mend the cause and run it again."
                 ) from error
             self._calls += acknowledged.calls
             self._counts.add(acknowledged.failure, acknowledged.cost_usd)
