@@ -3,20 +3,26 @@
 ``make_plan`` refuses what cannot end well. Carrying the plan out is ``optimizer``.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import dspy
-from dspy.teleprompt.bootstrap_finetune import prepare_teacher
 
 from distill import preflight
-from distill.config import SCRATCH, ScratchConfig, TraceConfig
+from distill.compile_checks import (
+    MAX_FAILURE_RATE,
+    Settings,
+    check_examples,
+    check_metric,
+    check_program,
+    structural,
+)
+from distill.config import SCRATCH, TraceConfig
 from distill.datasets import distinct
-from distill.programs import Task, carried_settings, check_inputs
-from distill.provider import RayProvider, validated
+from distill.programs import Task, carried_settings
+from distill.provider import RayProvider
 from distill.rows import Prompts, check_renderable, predictor_prompts
 from distill.tracing.collect import LmSpec
 from distill.tracing.limits import MIN_SAMPLE
@@ -28,51 +34,8 @@ from serve.folding import Folding
 if TYPE_CHECKING:
     from distill.optimizer import RayBootstrapFinetune
 
-MAX_FAILURE_RATE = 0.5
-"""Of at least ``MIN_SAMPLE`` examples; what fails most of the time is not worth its price."""
 
 Key = tuple[Any, int | None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``RayBootstrapFinetune`` takes besides what DSPy's own class does."""
-
-    student_model: str | None
-    prompt: str
-    scratch: ScratchConfig
-    trace: TraceConfig
-    storage: str
-    name: str | None
-    strict_compat: bool
-
-    @classmethod
-    def read(
-        cls,
-        *,
-        scratch: Mapping[str, Any] | None,
-        trace: Mapping[str, Any] | None,
-        num_threads: int | None,
-        **plain: Any,
-    ) -> "Settings":
-        """Check them.
-
-        Raises:
-            ConfigurationError: One is not what it should be.
-        """
-        if plain["prompt"] not in ("folded", "full"):
-            raise ConfigurationError(f"prompt={plain['prompt']!r}: expected 'folded' or 'full'.")
-        tracing: TraceConfig = validated(
-            TraceConfig, {"max_failure_rate": MAX_FAILURE_RATE, **(trace or {})}, "trace"
-        )
-        if num_threads is not None:
-            if num_threads < 1:
-                raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
-            actors = min(tracing.actors, num_threads)
-            spread = {"actors": actors, "concurrency": num_threads // actors}
-            tracing = tracing.model_copy(update=spread)
-        sizes = validated(ScratchConfig, scratch or {}, "scratch")
-        return cls(scratch=sizes, trace=tracing, **plain)
 
 
 @dataclass(frozen=True)
@@ -161,8 +124,8 @@ def make_plan(
         ConfigurationError: It cannot end well.
     """
     settings = optimizer.settings
-    _check_program(student)
-    _check_metric(optimizer.metric)
+    check_program(student)
+    check_metric(optimizer.metric)
     groups, keys = _make_groups(optimizer, student)
     teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     if not teachers:
@@ -170,11 +133,11 @@ def make_plan(
             "teacher is an empty list: there is nothing to learn from. Leave it out, and the "
             "student is its own teacher."
         )
-    programs = [_structural(student, program) for program in teachers]
-    _check_examples("trainset", trainset, programs)
-    _check_examples("valset", valset or (), programs)
+    programs = [structural(student, program) for program in teachers]
     if not trainset:
         raise ConfigurationError("trainset is empty: there is nothing to learn from.")
+    check_examples("trainset", trainset, programs)
+    check_examples("valset", valset or (), programs)
     trace = settings.trace
     if len(distinct(trainset)) < MIN_SAMPLE and trace.max_failure_rate == MAX_FAILURE_RATE:
         trace = trace.model_copy(update={"max_failure_rate": 1.0})
@@ -190,63 +153,6 @@ def make_plan(
         exclude_demos=optimizer.exclude_demos,
         strict_compat=settings.strict_compat,
     )
-
-
-def _check_program(student: Any) -> None:
-    _check_module("student", student)
-    if not student.predictors():
-        raise ConfigurationError(f"{type(student).__name__} has no predictors to fine-tune.")
-
-
-def _check_module(name: str, program: Any) -> None:
-    if not isinstance(program, dspy.Module):
-        raise ConfigurationError(
-            f"{name} is a {type(program).__name__}; expected a dspy.Module, that is an instance "
-            "and not the class."
-        )
-
-
-def _check_metric(metric: Any) -> None:
-    if metric is None:
-        return
-    try:
-        inspect.signature(metric).bind(None, None, None)
-    except TypeError as error:
-        raise ConfigurationError(
-            f"metric: expected a function (example, prediction, trace=None): {error}."
-        ) from None
-    except ValueError:
-        return  # A builtin does not say what it takes.
-
-
-def _check_examples(name: str, examples: Any, programs: Sequence[dspy.Module]) -> None:
-    checked: set[tuple[str, ...]] = set()
-    for number, example in enumerate(examples):
-        if not isinstance(example, dspy.Example):
-            raise ConfigurationError(
-                f"{name}[{number}] is a {type(example).__name__}; expected a dspy.Example."
-            )
-        try:
-            inputs = tuple(example.inputs().keys())
-        except ValueError:
-            raise ConfigurationError(
-                f"{name}[{number}] does not say which of its fields are inputs. Call "
-                ".with_inputs(...) on it."
-            ) from None
-        if inputs not in checked:
-            checked.add(inputs)
-            for program in programs:
-                check_inputs(program, inputs, f"{name}[{number}].inputs()")
-
-
-def _structural(student: dspy.Module, teacher: dspy.Module | None) -> dspy.Module:
-    """The teacher; the student where there is none."""
-    if teacher is not None:
-        _check_module("teacher", teacher)
-    try:
-        return prepare_teacher(student, teacher)
-    except AssertionError as error:
-        raise ConfigurationError(f"teacher: does not fit the student: {error}.") from None
 
 
 def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:

@@ -16,7 +16,8 @@ from dspy.clients.utils_finetune import TrainDataFormat
 from dspy.teleprompt import BootstrapFinetune
 
 from distill import cluster, summary
-from distill.compile_plan import Key, Plan, Settings, make_plan
+from distill.compile_checks import Settings
+from distill.compile_plan import Key, Plan, make_plan
 from distill.compile_rows import Traces, make_training_rows
 from distill.evaluation.evaluate import scored_traces
 from distill.progress import ProgressReporter

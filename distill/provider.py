@@ -11,34 +11,30 @@ serves a launched student is ``serve.launch``, how an LM reaches it is ``serve.d
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dspy
-from dspy.clients.provider import Provider, TrainingJob
-from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
-from pydantic import ValidationError
+from dspy.clients.provider import Provider
+from dspy.clients.utils_finetune import TrainDataFormat
 from rich.console import Console
 
 from distill import cluster, preflight
-from distill.config import ScratchConfig, Section, StudentConfig, TrainConfig
-from distill.config_file import explain
+from distill.config import ScratchConfig, StudentConfig, TrainConfig
+from distill.config_file import validated
 from distill.export import Profile
 from distill.finetune import FineTuning, fine_tune
+from distill.finetune_job import RayTrainingJob, turn
 from distill.fingerprints import fingerprint
 from distill.progress import ProgressReporter, open_events
 from distill.rows import Messages, Row, fold_row
 from distill.rundir import RunDir
 from distill.train_kwargs import TrainKwargs, parse_train_kwargs
 from serve.dspy_lm import PROVIDER, model_name, register, student_of
-from serve.errors import ConfigurationError, TrainingCancelled, TrainingError
+from serve.errors import ConfigurationError, TrainingError
 from serve.models import full_name
 
 logger = logging.getLogger(__name__)
-
-# A job takes all of the workers that it asks for, so two at once would wait for each other.
-_one_at_a_time = threading.Lock()
 
 register()
 
@@ -78,52 +74,6 @@ class TrainingRows(list[dict[str, Any]]):
                     f"assistant's, found {str(row)[:200]}."
                 )
         return cls([Row(row["messages"], "", "", folded=False) for row in data])
-
-
-class RayTrainingJob(TrainingJob):
-    """A fine-tuning that runs, or waits for its turn, on the cluster."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._status = TrainingStatus.pending
-        self._cancelling = threading.Event()
-
-    def status(self) -> TrainingStatus:
-        """Where the job stands."""
-        return self._status
-
-    def cancel(self) -> bool:
-        """Stop the job at its next step; what it took of the cluster is free soon after.
-
-        Returns:
-            False if it had ended before.
-        """
-        # DSPy's own method says nothing of whether there was anything left to cancel.
-        if not super(TrainingJob, self).cancel():
-            return False
-        self._cancelling.set()
-        self._status = TrainingStatus.cancelled
-        return True
-
-    def is_cancelling(self) -> bool:
-        """Whether ``cancel`` was called in time."""
-        return self._cancelling.is_set()
-
-    def started(self) -> None:
-        """Note that its turn has come."""
-        if not self.is_cancelling():
-            self._status = TrainingStatus.running
-
-    def set_result(self, result: Any) -> None:
-        """End the job; an exception is raised by ``result()``, as by any future."""
-        if self.cancelled():
-            return
-        if isinstance(result, Exception):
-            self._status = TrainingStatus.failed
-            self.set_exception(result)
-        else:
-            self._status = TrainingStatus.succeeded
-            super().set_result(result)
 
 
 class RayProvider(Provider):
@@ -212,7 +162,7 @@ class RayProvider(Provider):
         base = full_name(student_of(model))
         kwargs = self.check(model, train_kwargs or {})
         directory = self._directory(kwargs)
-        with _turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:
+        with turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:
             train = preflight.fitted_workers(kwargs.train)
             preflight.check_workers(train)
             task = self._prepare(base, rows, train, directory, progress)
@@ -288,30 +238,9 @@ def reporting(directory: RunDir) -> Iterator[ProgressReporter]:
         yield ProgressReporter(Console(stderr=True), events)
 
 
-@contextlib.contextmanager
-def _turn(job: RayTrainingJob) -> Iterator[None]:
-    """Wait for the jobs before this one; it may be cancelled meanwhile."""
-    while not _one_at_a_time.acquire(timeout=0.2):
-        if job.is_cancelling():
-            raise TrainingCancelled("The job was cancelled before its turn came.")
-    try:
-        job.started()
-        yield
-    finally:
-        _one_at_a_time.release()
-
-
 def _check_format(given: TrainDataFormat | str | None) -> None:
     if given not in (None, TrainDataFormat.CHAT):
         raise ConfigurationError(
             f"train_data_format={given!r}: expected {TrainDataFormat.CHAT.value!r}, which is "
             "messages that end with the assistant's."
         )
-
-
-def validated(kind: type[Section], given: Mapping[str, Any], name: str) -> Any:
-    """The section of these settings; its errors call them ``name``."""
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise ConfigurationError(f"{name}: {explain(error, kind)}") from None

@@ -76,11 +76,13 @@ class Tracer:
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")
         self._metric = task.metric_identity
         named = task.program.named_predictors()
-        for _, predictor in named:
+        for name, predictor in named:
             own = None if override_lms else predictor.lm
             predictor.lm = metered(own, _record) if own else None
-        self._by_identity = {id(predictor): name for name, predictor in named}
-        self._by_stage = _unique((predictor.stage, name) for name, predictor in named)
+            # Programs copy predictors as they run (retries, best of n), and a copy keeps its
+            # stage; predictors made from one another would share theirs.
+            predictor.stage = name
+        self._names = {name for name, _ in named}
 
     async def trace(self, key: str, example: dspy.Example) -> Trace:
         """Run the program on one example.
@@ -146,8 +148,7 @@ class Tracer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
 
     def _call(self, predictor: Any, inputs: dict[str, Any], outputs: Any) -> PredictorCall:
-        # Programs copy predictors as they run (retries, best of n): a copy keeps its stage.
-        name = self._by_identity.get(id(predictor)) or self._by_stage.get(predictor.stage)
+        name = predictor.stage if predictor.stage in self._names else None
         return PredictorCall(name, jsonable(inputs), jsonable(dict(outputs.items())))
 
 
@@ -196,13 +197,6 @@ def _record(entry: dict[str, Any]) -> None:
     entries = dspy.settings.get(ENTRIES)
     if entries is not None:
         entries.append(entry)
-
-
-def _unique(pairs: Any) -> dict[str, str]:
-    names: dict[str, list[str]] = {}
-    for stage, name in pairs:
-        names.setdefault(stage, []).append(name)
-    return {stage: found[0] for stage, found in names.items() if len(found) == 1}
 
 
 def _usage(entry: dict[str, Any]) -> Usage:
