@@ -33,16 +33,21 @@ def __getattr__(name: str) -> Any:
 class _AfterDspy(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Registers with DSPy at the end of its import, whoever imports it."""
 
+    def __init__(self) -> None:
+        self._looking = False
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "dspy":
+        if name != "dspy" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return None
-        self._loader, spec.loader = spec.loader, self
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking = False
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
         return spec
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
@@ -53,6 +58,7 @@ class _AfterDspy(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
+        sys.meta_path.remove(self)
         _register()
 
 

@@ -126,7 +126,10 @@ def _check(arguments: Arguments, terminal: Terminal) -> None:
 
     inputs = preflight.load(config)
     with cluster.connected():
-        preflight.check_cluster(config.train, config.trace)
+        train = preflight.fitted_workers(config.train)
+        trace = preflight.fitted_actors(config.trace)
+        preflight.check_cluster(train, trace)
+    config = config.model_copy(update={"trace": trace})
     expected = estimate.estimate(inputs, config)
     terminal.say("All is well. " + estimate.describe(expected, config))
 
@@ -149,15 +152,19 @@ def _serve(arguments: Arguments, terminal: Terminal) -> None:
     from distill.export import app_args
     from distill.rundir import RunDir
     from serve.app import run
+    from serve.student import Manifest
 
     _on_end_signals(_interrupt)
     directory = RunDir(arguments.run_dir)
     args = app_args(directory)
-    terminal.log_to(_log_file(directory, "serve"))
+    in_run = args.student != directory.uri
+    # A student's own folder is a plain model, and no place for logs.
+    terminal.log_to(_log_file(directory, "serve") if in_run else None)
     terminal.say(f"Starting the student in {args.student} ...")
     server = run(args, host=arguments.host, port=arguments.port)
+    route = "/predict" if Manifest.load(args.student).program else "/v1/chat/completions"
     try:
-        terminal.say(f"Serving at {server.url}: POST /predict, see /docs. Ctrl-C stops it.")
+        terminal.say(f"Serving at {server.url}: POST {route}, see /docs. Ctrl-C stops it.")
         threading.Event().wait()
     except KeyboardInterrupt:
         terminal.say("Stopping ...")
@@ -189,8 +196,12 @@ def _prepared(
     directory = RunDir(f"{config.storage}/{config.name}")
     directory.create()
     terminal.log_to(_log_file(directory, arguments.name))
-    with directory.locked(), directory.appending("events.jsonl") as path:
-        yield config, ProgressReporter(terminal.console, open_events(path)), directory
+    with (
+        directory.locked(),
+        directory.appending("events.jsonl") as path,
+        open_events(path) as events,
+    ):
+        yield config, ProgressReporter(terminal.console, events), directory
 
 
 def _log_file(directory: "RunDir", command: str) -> Path | None:

@@ -3,20 +3,26 @@
 ``make_plan`` refuses what cannot end well. Carrying the plan out is ``optimizer``.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import dspy
-from dspy.teleprompt.bootstrap_finetune import prepare_teacher
 
 from distill import preflight
-from distill.config import SCRATCH, ScratchConfig, TraceConfig
+from distill.compile_checks import (
+    MAX_FAILURE_RATE,
+    Settings,
+    check_examples,
+    check_metric,
+    check_program,
+    structural,
+)
+from distill.config import SCRATCH, TraceConfig
 from distill.datasets import distinct
-from distill.programs import Task, carried_settings, check_inputs
-from distill.provider import RayProvider, validated
+from distill.programs import Task, carried_settings
+from distill.provider import RayProvider
 from distill.rows import Prompts, check_renderable, predictor_prompts
 from distill.tracing.collect import LmSpec
 from distill.tracing.limits import MIN_SAMPLE
@@ -28,49 +34,8 @@ from serve.folding import Folding
 if TYPE_CHECKING:
     from distill.optimizer import RayBootstrapFinetune
 
-MAX_FAILURE_RATE = 0.5
-"""Of at least ``MIN_SAMPLE`` examples; what fails most of the time is not worth its price."""
 
 Key = tuple[Any, int | None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``RayBootstrapFinetune`` takes besides what DSPy's own class does."""
-
-    student_model: str | None
-    prompt: str
-    scratch: ScratchConfig
-    trace: TraceConfig
-    storage: str
-    name: str | None
-    strict_compat: bool
-
-    @classmethod
-    def read(
-        cls,
-        *,
-        scratch: Mapping[str, Any] | None,
-        trace: Mapping[str, Any] | None,
-        num_threads: int | None,
-        **plain: Any,
-    ) -> "Settings":
-        """Check them.
-
-        Raises:
-            ConfigurationError: One is not what it should be.
-        """
-        if plain["prompt"] not in ("folded", "full"):
-            raise ConfigurationError(f"prompt={plain['prompt']!r}: expected 'folded' or 'full'.")
-        tracing: TraceConfig = validated(
-            TraceConfig, {"max_failure_rate": MAX_FAILURE_RATE, **(trace or {})}, "trace"
-        )
-        if num_threads:
-            actors = min(tracing.actors, num_threads)
-            spread = {"actors": actors, "concurrency": -(-num_threads // actors)}
-            tracing = tracing.model_copy(update=spread)
-        sizes = validated(ScratchConfig, scratch or {}, "scratch")
-        return cls(scratch=sizes, trace=tracing, **plain)
 
 
 @dataclass(frozen=True)
@@ -131,16 +96,19 @@ class Plan:
         """Whether a metric chooses among the traces."""
         return self.student.metric is not None
 
-    def check_cluster(self) -> None:
-        """Check that the connected cluster can hold the compile.
+    def fitted(self) -> "Plan":
+        """The same, for the connected cluster.
 
         Raises:
             ConfigurationError: More workers or actors are asked for than fit.
         """
-        preflight.check_actors(self.trace)
+        trace = preflight.fitted_actors(self.trace)
+        preflight.check_actors(trace)
         for group in self.groups:
-            if isinstance(getattr(group.lm, "provider", None), RayProvider):
-                preflight.check_workers(parse_train_kwargs(group.train_kwargs, SCRATCH).train)
+            if _trains_here(group.lm):
+                train = parse_train_kwargs(group.train_kwargs, SCRATCH).train
+                preflight.check_workers(preflight.fitted_workers(train))
+        return replace(self, trace=trace)
 
 
 def make_plan(
@@ -156,15 +124,20 @@ def make_plan(
         ConfigurationError: It cannot end well.
     """
     settings = optimizer.settings
-    _check_program(student)
-    _check_metric(optimizer.metric)
+    check_program(student)
+    check_metric(optimizer.metric)
     groups, keys = _make_groups(optimizer, student)
     teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-    programs = [_structural(student, program) for program in teachers]
-    _check_examples("trainset", trainset, programs)
-    _check_examples("valset", valset or (), programs)
+    if not teachers:
+        raise ConfigurationError(
+            "teacher is an empty list: there is nothing to learn from. Leave it out, and the "
+            "student is its own teacher."
+        )
+    programs = [structural(student, program) for program in teachers]
     if not trainset:
         raise ConfigurationError("trainset is empty: there is nothing to learn from.")
+    check_examples("trainset", trainset, programs)
+    check_examples("valset", valset or (), programs)
     trace = settings.trace
     if len(distinct(trainset)) < MIN_SAMPLE and trace.max_failure_rate == MAX_FAILURE_RATE:
         trace = trace.model_copy(update={"max_failure_rate": 1.0})
@@ -182,57 +155,6 @@ def make_plan(
     )
 
 
-def _check_program(student: Any) -> None:
-    if not isinstance(student, dspy.Module):
-        raise ConfigurationError(
-            f"student is a {type(student).__name__}; expected a dspy.Module, that is an instance "
-            "and not the class."
-        )
-    if not student.predictors():
-        raise ConfigurationError(f"{type(student).__name__} has no predictors to fine-tune.")
-
-
-def _check_metric(metric: Any) -> None:
-    if metric is None:
-        return
-    try:
-        inspect.signature(metric).bind(None, None, None)
-    except TypeError as error:
-        raise ConfigurationError(
-            f"metric: expected a function (example, prediction, trace=None): {error}."
-        ) from None
-    except ValueError:
-        return  # A builtin does not say what it takes.
-
-
-def _check_examples(name: str, examples: Any, programs: Sequence[dspy.Module]) -> None:
-    checked: set[tuple[str, ...]] = set()
-    for number, example in enumerate(examples):
-        if not isinstance(example, dspy.Example):
-            raise ConfigurationError(
-                f"{name}[{number}] is a {type(example).__name__}; expected a dspy.Example."
-            )
-        try:
-            inputs = tuple(example.inputs().keys())
-        except ValueError:
-            raise ConfigurationError(
-                f"{name}[{number}] does not say which of its fields are inputs. Call "
-                ".with_inputs(...) on it."
-            ) from None
-        if inputs not in checked:
-            checked.add(inputs)
-            for program in programs:
-                check_inputs(program, inputs, f"{name}[{number}].inputs()")
-
-
-def _structural(student: dspy.Module, teacher: dspy.Module | None) -> dspy.Module:
-    """The teacher; the student where there is none."""
-    try:
-        return prepare_teacher(student, teacher)
-    except AssertionError as error:
-        raise ConfigurationError(f"teacher: does not fit the student: {error}.") from None
-
-
 def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
     without = [name for name, predictor in program.named_predictors() if predictor.lm is None]
     lm = dspy.settings.lm or (None if without else program.predictors()[0].lm)
@@ -241,6 +163,13 @@ def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
             f"The teacher's predictors {', '.join(without)} have no LM to ask. Configure one with "
             "dspy.configure(lm=...), or give the teacher its own with teacher.set_lm(lm)."
         )
+    for asked in (lm, *(predictor.lm for predictor in program.predictors())):
+        if asked is not None and asked.model == model_name(SCRATCH):
+            raise ConfigurationError(
+                f"The teacher's LM is {asked.model}, which is not trained yet, so it has nothing "
+                "to teach. Give compile a teacher= whose LM is, or leave the predictors' LMs to "
+                'the teacher and name the student with student_model="scratch".'
+            )
     task = _make_task(program, metric)
     task.dumps()
     fresh = lm.copy()
@@ -264,7 +193,11 @@ def _make_groups(
     """The fine-tunings, and which of them each predictor belongs to."""
     settings = optimizer.settings
     name = settings.name or type(student).__name__
-    shared = _student_lm(settings, settings.student_model, name) if settings.student_model else None
+    # Students of ours that a program has already go on from where they are.
+    own = all(_trains_here(predictor.lm) for predictor in student.predictors())
+    shared = None
+    if settings.student_model and not own:
+        shared = _student_lm(settings, settings.student_model, name)
     prompts = predictor_prompts(student, optimizer.exclude_demos)
     members: dict[Key, dict[str, Any]] = {}
     keys: list[Key] = []
@@ -285,6 +218,10 @@ def _make_groups(
     }
     groups = [_make_group(optimizer, key, lms, learned[key]) for key, lms in members.items()]
     return groups, keys
+
+
+def _trains_here(lm: Any) -> bool:
+    return isinstance(getattr(lm, "provider", None), RayProvider)
 
 
 def _student_lm(settings: Settings, model: str, name: str) -> dspy.LM:
@@ -319,7 +256,7 @@ def _check_finetunable(optimizer: "RayBootstrapFinetune", group: Group, predicto
     # Whoever puts another method in the place of finetune_lms knows what that one can train.
     if optimizer.finetune_lms is not type(optimizer).finetune_lms:
         return
-    provider = getattr(group.lm, "provider", None)
+    provider: Any = getattr(group.lm, "provider", None)
     if not getattr(provider, "finetunable", False):
         raise ConfigurationError(
             f"The LM of {predictor}, {group.lm.model}, cannot be fine-tuned: "
@@ -327,10 +264,10 @@ def _check_finetunable(optimizer: "RayBootstrapFinetune", group: Group, predicto
             'it. Give the optimizer a student_model, such as "scratch", or the predictors an LM '
             "whose provider does."
         )
-    if isinstance(provider, RayProvider):
+    if _trains_here(group.lm):
         full = group.folding is None or group.folding.unfoldable
         blank = check_renderable(group.prompts, group.adapter) if full else ()
-        provider.check(group.lm.model, group.train_kwargs, blank)
+        provider.check(group.lm.finetuning_model or group.lm.model, group.train_kwargs, blank)
 
 
 def _choose(by_lm: Mapping[Any, Any], lms: Sequence[Any], name: str) -> Any:

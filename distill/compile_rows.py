@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from distill import export, summary
 from distill.compile_plan import Group, Plan
 from distill.datasets import example_id, is_dev
-from distill.programs import program_fingerprint
+from distill.programs import import_path, program_fingerprint
 from distill.provider import TrainingRows
-from distill.rows import RowCounts, count_rejections, keep, predictor_prompts, render_rows
+from distill.rows import Row, RowCounts, count_rejections, keep, predictor_prompts, render_rows
 from distill.tracing.trace import Trace
 from serve.errors import TracingError
-from serve.programs import import_path
 
 Traces = Mapping[str, Trace]
 """A teacher's traces, by example id."""
@@ -65,7 +64,7 @@ def _split(plan: Plan) -> tuple[list[str], list[str]]:
 
 def _render(
     plan: Plan, group: Group, found: Sequence[Traces], ids: Sequence[str]
-) -> tuple[list[dict], RowCounts]:
+) -> tuple[list[Row], RowCounts]:
     """The rows of these examples, shuffled as DSPy shuffles them."""
     rows, counts = [], RowCounts()
     for teacher, traces in zip(plan.teachers, found, strict=True):
@@ -75,7 +74,7 @@ def _render(
             prompts = {name: shown[name] for name in group.prompts}
         chosen = keep([traces[name] for name in ids if name in traces], plan.trace, plan.has_metric)
         rendered, counted = render_rows(chosen, prompts, group.adapter)
-        rows += [{"messages": list(row.messages)} for row in rendered]
+        rows += rendered
         counts.add(counted)
     random.Random(0).shuffle(rows)
     return rows, counts
@@ -83,11 +82,14 @@ def _render(
 
 def _profile(plan: Plan, group: Group, kept: Sequence[Trace]) -> export.Profile:
     about = {}
-    if len(plan.groups) == 1:
+    program = plan.student.program
+    state = export.program_state(program, plan.exclude_demos) if len(plan.groups) == 1 else None
+    path = import_path(program) if state else None
+    if path:
         # One student for the whole program can be served as the program.
         about = {
-            "program": plan.student.program,
-            "program_path": import_path(plan.student.program),
+            "state": state,
+            "program_path": path,
             "fingerprint": program_fingerprint(plan.student),
             "inputs": list(plan.trainset[0].inputs().keys()),
             "outputs": list(dict.fromkeys(name for t in kept for name in t.prediction or ())),

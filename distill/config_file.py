@@ -7,7 +7,7 @@ wrong key or value, which name every mistake at once. The keys are in ``config``
 import difflib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ def explain(
     """
     lines = (_explain(item, section, name_key) for item in error.errors())
     return "\n".join(dict.fromkeys(lines))
+
+
+def validated(kind: type[Section], given: Mapping[str, Any], name: str) -> Any:
+    """The section of these settings; its errors call them ``name``."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ConfigurationError(f"{name}: {explain(error, kind)}") from None
 
 
 def _read_yaml(source: Path) -> dict[str, Any]:

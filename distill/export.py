@@ -5,6 +5,7 @@ What the directory means, and how it is read, is ``serve.student``.
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import dspy
 import pydantic
+from dspy.utils.saving import get_dependency_versions
 
 from distill import summary
 from distill.config import ServeConfig
@@ -28,6 +30,8 @@ from serve.student import MANIFEST, PROGRAM, Manifest, class_path
 if TYPE_CHECKING:
     from distill.training.job import TrainingResult
     from serve.app import AppArgs
+
+logger = logging.getLogger(__name__)
 
 STUDENT = "student"
 TRAINING = "training.json"
@@ -45,7 +49,7 @@ class Profile:
     """What a student's directory says besides its model: whose calls it answers, and how.
 
     Attributes:
-        program: Its state is saved with the student; None for a student of LM calls alone.
+        state: The program's, as ``program_state`` gives it; None for a student of LM calls alone.
         program_path: Import path of its factory; None if it has none, as in a notebook.
         fingerprint: Changes with the program; see ``program_fingerprint``.
         inputs, outputs: The program's.
@@ -55,7 +59,7 @@ class Profile:
         grammar: Regular expression of each predictor's folded completions.
     """
 
-    program: dspy.Module | None = None
+    state: Mapping[str, Any] | None = None
     program_path: str | None = None
     fingerprint: str | None = None
     inputs: Sequence[str] = ()
@@ -76,6 +80,25 @@ class Profile:
             "folding": self.folding.to_json() if self.folding else None,
             "grammar": dict(self.grammar),
         }
+
+
+def program_state(program: dspy.Module, exclude_demos: bool = False) -> dict[str, Any] | None:
+    """A program's state in DSPy's own format, without its LMs: the student takes their place.
+
+    Returns:
+        None where the state has no JSON form.
+    """
+    state: dict[str, Any] = program.dump_state()
+    for predictor in [state] if isinstance(program, dspy.Predict) else state.values():
+        predictor["lm"] = None
+        predictor["demos"] = [] if exclude_demos else predictor["demos"]
+    state["metadata"] = {"dependency_versions": get_dependency_versions()}
+    try:
+        json.dumps(state)
+    except TypeError as error:
+        logger.warning("The student cannot be served as the program: its state %s.", error)
+        return None
+    return state
 
 
 def make_profile(
@@ -138,8 +161,8 @@ def write_student(
     ):
         shutil.copytree(model, new, dirs_exist_ok=True)
         (new / TRAINING).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-        if profile.program is not None:
-            profile.program.save(str(new / PROGRAM))
+        if profile.state is not None:
+            (new / PROGRAM).write_text(json.dumps(profile.state, indent=2) + "\n")
         manifest.save(new)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from distill import export, preflight, summary
 from distill.config import StudentConfig, TrainConfig
 from distill.export import Profile
-from distill.programs import fingerprint
+from distill.fingerprints import fingerprint
 from distill.progress import ProgressReporter
 from distill.rundir import RunDir
 

@@ -16,17 +16,18 @@ from dspy.clients.utils_finetune import TrainDataFormat
 from dspy.teleprompt import BootstrapFinetune
 
 from distill import cluster, summary
-from distill.compile_plan import Key, Plan, Settings, make_plan
+from distill.compile_checks import Settings
+from distill.compile_plan import Key, Plan, make_plan
 from distill.compile_rows import Traces, make_training_rows
-from distill.evaluation.evaluate import scored_traces
+from distill.evaluation.evaluate import paid_by_job, scored_traces
 from distill.progress import ProgressReporter
 from distill.provider import reporting
 from distill.rundir import RunDir
 from distill.tracing.collect import Collection, collect
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
+from distill.tracing.spending import cost_usd
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import total_usage
 
 
 class RayBootstrapFinetune(BootstrapFinetune):
@@ -43,7 +44,8 @@ class RayBootstrapFinetune(BootstrapFinetune):
         exclude_demos: Leave the demos out of the rows, and of the program.
         num_threads: Examples in flight; None is ``trace``'s actors times concurrency.
         student_model: What the students start from: ``scratch``, a Hugging Face directory
-            or id. None: the predictors' own LMs are fine-tuned, each by its provider.
+            or id. None: the predictors' own LMs are fine-tuned, each by its provider. Where
+            all of these are of ``RayProvider`` already, they are in any case.
         prompt: ``folded`` or ``full``; see ``serve.folding``.
         scratch: Sizes of a micro-student.
         trace: How the teachers are run, as ``trace`` of a configuration file.
@@ -112,9 +114,10 @@ class RayBootstrapFinetune(BootstrapFinetune):
         directory = RunDir(f"{self.settings.storage}/{plan.name}")
         directory.create()
         with cluster.connected():
-            plan.check_cluster()
+            plan = plan.fitted()
             with directory.locked(), reporting(directory) as progress:
                 jobs = self._make_jobs(plan, self._trace(plan, directory, progress), progress)
+            _free(student)
             students = self.finetune_lms(jobs)
         for predictor, key in zip(student.predictors(), plan.keys, strict=True):
             predictor.lm = students[key]
@@ -147,14 +150,17 @@ class RayBootstrapFinetune(BootstrapFinetune):
         except BaseException:
             for job in jobs.values():
                 job.cancel()
+            # They must not outlive the Ray that they run on.
+            for job in jobs.values():
+                if job.thread:
+                    job.thread.join()
             raise
 
     def _trace(self, plan: Plan, directory: RunDir, progress: ProgressReporter) -> list[Traces]:
         """What each teacher did."""
         found: list[Traces] = []
+        spent_usd, trace = 0.0, plan.trace
         for teacher in plan.teachers:
-            usage = total_usage([trace.spent for traces in found for trace in traces.values()])
-            trace = plan.trace
             job = Collection(
                 task=teacher.task,
                 lm=teacher.lm,
@@ -162,12 +168,13 @@ class RayBootstrapFinetune(BootstrapFinetune):
                 store=TraceStore(directory.join("traces")),
                 actors=trace.actors,
                 concurrency=trace.concurrency,
-                limits=Limits.of(trace, usage.cost_usd or 0.0),
+                limits=Limits.of(trace, spent_usd),
                 calls=CallSettings.of(trace),
             )
             with progress.stage("trace") as stage:
                 collect(job, summary.show_tracing(stage))
                 found.append({trace.example_id: trace for trace in scored_traces(job)})
+            spent_usd += cost_usd(paid_by_job(job))
         return found
 
     def _make_jobs(
@@ -186,6 +193,13 @@ class RayBootstrapFinetune(BootstrapFinetune):
                     "train_kwargs": dict(group.train_kwargs),
                 }
         return jobs
+
+
+def _free(student: dspy.Module) -> None:
+    """Take down what was launched for the LMs that are to be replaced."""
+    for predictor in student.predictors():
+        if hasattr(predictor.lm, "kill"):
+            predictor.lm.kill()
 
 
 def _result(job: Any) -> Any:

@@ -28,8 +28,9 @@ from distill.evaluation.evaluate import (
 )
 from distill.evaluation.report import ExampleResult, build_report, render_html
 from distill.finetune import FineTuning, fine_tune
+from distill.fingerprints import fingerprint
 from distill.preflight import Inputs
-from distill.programs import Task, fingerprint, program_fingerprint
+from distill.programs import Task, program_fingerprint
 from distill.progress import ProgressReporter
 from distill.rows import count_rejections, keep, predictor_prompts, render_rows
 from distill.rundir import RunDir
@@ -82,7 +83,10 @@ def opened(config: RunConfig, progress: ProgressReporter) -> Iterator[Run]:
     directory = RunDir(f"{config.storage}/{config.name}")
     directory.create()
     with cluster.connected(log_to_driver=True):
-        preflight.check_cluster(config.train, config.trace)
+        train = preflight.fitted_workers(config.train)
+        trace = preflight.fitted_actors(config.trace)
+        preflight.check_cluster(train, trace)
+        config = config.model_copy(update={"train": train, "trace": trace})
         directory.write_json("config.json", config.model_dump(mode="json"))
         yield Run(config, inputs, directory, progress)
 
@@ -169,7 +173,7 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
         predictor_prompts(task.program),
         task.adapter,
         folding,
-        program=task.program,
+        state=export.program_state(task.program),
         program_path=config.program,
         fingerprint=program_fingerprint(task),
         inputs=config.data.inputs,

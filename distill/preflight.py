@@ -72,6 +72,21 @@ def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messag
         check_base_model(model, prompts)
 
 
+def fitted_workers(train: TrainConfig) -> TrainConfig:
+    """The same, with no more workers than the cluster holds unless their number was given."""
+    if "num_workers" in train.model_fields_set:
+        return train
+    room = int(capacity("GPU" if use_gpu(train) else "CPU"))
+    return train.model_copy(update={"num_workers": max(1, min(train.num_workers, room))})
+
+
+def fitted_actors(trace: TraceConfig) -> TraceConfig:
+    """The same, with no more actors than the cluster holds unless their number was given."""
+    if "actors" in trace.model_fields_set:
+        return trace
+    return trace.model_copy(update={"actors": max(1, min(trace.actors, int(capacity("CPU"))))})
+
+
 def check_cluster(train: TrainConfig, trace: TraceConfig) -> None:
     """Check that the connected cluster can hold the run.
 

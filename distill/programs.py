@@ -3,13 +3,8 @@
 Importing and building the program is ``serve.programs``.
 """
 
-import ast
 import dataclasses
-import functools
-import hashlib
 import inspect
-import json
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +13,7 @@ import cloudpickle
 import dspy
 
 from distill.datasets import canonical_json
+from distill.fingerprints import code_of, fingerprint, plain, state_of
 from serve.dspy_lm import lm_identity
 from serve.errors import ConfigurationError
 from serve.programs import build_program, describe_signature, entry_point, import_object
@@ -55,6 +51,12 @@ class Task:
     adapter: dspy.Adapter
     metric: Metric | None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metric_identity: str | None = dataclasses.field(init=False, default=None)
+    """Names the metric as the driver knows it: a worker may have no source to look at."""
+
+    def __post_init__(self) -> None:
+        if self.metric is not None:
+            object.__setattr__(self, "metric_identity", metric_fingerprint(self.metric))
 
     def dumps(self) -> bytes:
         """The task as bytes that another process can load.
@@ -82,6 +84,21 @@ class Task:
             or _unpicklable(rest, "the task's")
             or "the program"
         )
+
+
+def import_path(program: dspy.Module) -> str | None:
+    """The import path of a program's class, where calling that makes such a program."""
+    kind = type(program)
+    if kind.__module__ == "__main__" or _is_dspys(kind) or not kind.__qualname__.isidentifier():
+        return None
+    try:
+        inspect.signature(kind).bind()
+        fresh = kind()
+    # A constructor is the user's code; one that wants more than nothing is no factory.
+    except Exception:
+        return None
+    same = _own_state(fresh) == _own_state(program)
+    return f"{kind.__module__}:{kind.__qualname__}" if same else None
 
 
 def carried_settings() -> dict[str, Any]:
@@ -133,13 +150,15 @@ def check_inputs(program: dspy.Module, inputs: Sequence[str], setting: str = "da
             f"{forward.__name__}{parameters}: {error}."
         ) from None
     # DSPy's own modules take whatever comes and hand it to their one predictor.
-    expected = set(program.predictors()[0].signature.input_fields)
-    hands_on = _is_dspys(type(program)) and len(program.predictors()) == 1
-    if hands_on and expected != set(inputs):
-        raise ConfigurationError(
-            f"{setting}={list(inputs)} does not fit the program's signature, whose inputs are "
-            f"{sorted(expected)}."
-        )
+    if _is_dspys(type(program)) and len(program.predictors()) == 1:
+        fields = program.predictors()[0].signature.input_fields
+        missing = [name for name, info in fields.items() if info.is_required()]
+        missing = [name for name in missing if name not in inputs]
+        if missing:
+            raise ConfigurationError(
+                f"{setting}={list(inputs)} does not fit the program's signature, which needs "
+                f"{', '.join(missing)} as well."
+            )
 
 
 def program_fingerprint(task: Task) -> str:
@@ -158,61 +177,34 @@ def program_fingerprint(task: Task) -> str:
         }
         for name, predictor in task.program.named_predictors()
     }
-    modules = dict(task.program.named_sub_modules(dspy.Module))
-    own = {name: module for name, module in modules.items() if not _is_dspys(type(module))}
-    state = {name: _state_of(module) for name, module in own.items()}
+    own = _own_modules(task.program)
+    state = _own_state(task.program)
     kinds = {kind for module in own.values() for kind in type(module).__mro__}
-    code = sorted(_code_of(kind) for kind in kinds if not _is_dspys(kind) and kind is not object)
-    adapter = [type(task.adapter).__qualname__, _state_of(task.adapter)]
-    settings = {name: [_plain(value), _state_of(value)] for name, value in task.settings.items()}
+    own_kinds = [kind for kind in kinds if not _is_dspys(kind) and kind is not object]
+    code = sorted(canonical_json(code_of(kind)) for kind in own_kinds)
+    adapter = [type(task.adapter).__qualname__, state_of(task.adapter)]
+    settings = {name: [plain(value), state_of(value)] for name, value in task.settings.items()}
     return fingerprint([predictors, state, code, adapter, settings])
+
+
+def _own_modules(program: dspy.Module) -> dict[str, dspy.Module]:
+    """The modules that are not DSPy's own, by name."""
+    modules = dict(program.named_sub_modules(dspy.Module))
+    return {name: module for name, module in modules.items() if not _is_dspys(type(module))}
+
+
+def _own_state(program: dspy.Module) -> dict[str, dict[str, Any]]:
+    return {name: state_of(module) for name, module in _own_modules(program).items()}
 
 
 def metric_fingerprint(metric: Metric) -> str:
     """Changes when the metric's code does, or what it holds of where it was defined."""
     held = inspect.getclosurevars(metric).nonlocals if inspect.isfunction(metric) else {}
-    return fingerprint([_code_of(metric), {name: _plain(value) for name, value in held.items()}])
-
-
-def fingerprint(value: Any) -> str:
-    """A short hash of JSON values."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
+    return fingerprint([code_of(metric), {name: plain(value) for name, value in held.items()}])
 
 
 def _is_dspys(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "dspy"
-
-
-def _state_of(thing: Any) -> dict[str, Any]:
-    """A thing's attributes: their values where these have a JSON form, else their types."""
-    state = getattr(thing, "__dict__", {})
-    return {name: _plain(value) for name, value in state.items() if name != "history"}
-
-
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-        # Not its repr(), which may hold an address and so be another one in each process.
-        return type(value).__qualname__
-
-
-def _code_of(thing: Any) -> str:
-    if isinstance(thing, functools.partial):
-        given = canonical_json([_plain(thing.args), _plain(thing.keywords)])
-        return f"{_code_of(thing.func)} {given}"
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError):
-        # No source, as for what is typed into an interpreter: bytecode or the name must do.
-        code = getattr(thing, "__code__", None)
-        if code is None:
-            return getattr(thing, "__qualname__", type(thing).__qualname__)
-        return f"{code.co_code.hex()} {_plain(code.co_consts)}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 def _unpicklable(value: Any, path: str, depth: int = 4) -> str | None:

@@ -72,18 +72,23 @@ class ProgressReporter:
             raise
         seconds = time.monotonic() - start
         self.event("stage_end", stage=name, seconds=round(seconds, 3))
-        self.console.print(f"[green]✓[/] {name:<17}{escape(stage.text)}  [dim]{seconds:.1f} s[/]")
+        self.console.print(
+            f"[green]✓[/] {name:<17}{escape(stage.text)}  [dim]{seconds:.1f} s[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
-def open_events(path: Path) -> Callable[[dict[str, Any]], None]:
+@contextlib.contextmanager
+def open_events(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Append events to a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a", encoding="utf-8", buffering=1)
+    with path.open("a", encoding="utf-8", buffering=1) as file:
 
-    def write(event: dict[str, Any]) -> None:
-        file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
+        def write(event: dict[str, Any]) -> None:
+            file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
 
-    return write
+        yield write
 
 
 class _StageBase(abc.ABC):

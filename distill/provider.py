@@ -11,33 +11,30 @@ serves a launched student is ``serve.launch``, how an LM reaches it is ``serve.d
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dspy
-from dspy.clients.provider import Provider, TrainingJob
-from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
-from pydantic import ValidationError
+from dspy.clients.provider import Provider
+from dspy.clients.utils_finetune import TrainDataFormat
 from rich.console import Console
 
 from distill import cluster, preflight
-from distill.config import ScratchConfig, Section, StudentConfig
-from distill.config_file import explain
+from distill.config import ScratchConfig, StudentConfig, TrainConfig
+from distill.config_file import validated
 from distill.export import Profile
 from distill.finetune import FineTuning, fine_tune
-from distill.programs import fingerprint
+from distill.finetune_job import RayTrainingJob, turn
+from distill.fingerprints import fingerprint
 from distill.progress import ProgressReporter, open_events
 from distill.rows import Messages, Row, fold_row
 from distill.rundir import RunDir
 from distill.train_kwargs import TrainKwargs, parse_train_kwargs
 from serve.dspy_lm import PROVIDER, model_name, register, student_of
-from serve.errors import ConfigurationError, TrainingCancelled, TrainingError
+from serve.errors import ConfigurationError, TrainingError
+from serve.models import full_name
 
 logger = logging.getLogger(__name__)
-
-# A job takes all of the workers that it asks for, so two at once would wait for each other.
-_one_at_a_time = threading.Lock()
 
 register()
 
@@ -48,74 +45,35 @@ class TrainingRows(list[dict[str, Any]]):
     Any provider takes it for the list that it is; ``RayProvider`` uses the rest.
 
     Attributes:
+        train: The rows.
         val: Rows to validate on.
         profile: The predictors whose calls these are, and how they fold.
     """
 
     def __init__(
-        self,
-        train: Sequence[dict[str, Any]],
-        val: Sequence[dict[str, Any]] = (),
-        profile: Profile | None = None,
+        self, train: Sequence[Row], val: Sequence[Row] = (), profile: Profile | None = None
     ) -> None:
-        super().__init__(train)
-        self.val = list(val)
+        super().__init__({"messages": list(row.messages)} for row in train)
+        self.train, self.val = list(train), list(val)
         self.profile = profile or Profile()
 
+    @classmethod
+    def read(cls, data: Sequence[Mapping[str, Any]]) -> "TrainingRows":
+        """Training data of any origin.
 
-class RayTrainingJob(TrainingJob):
-    """A fine-tuning that runs, or waits for its turn, on the cluster."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._status = TrainingStatus.pending
-        self._cancelling = threading.Event()
-
-    def status(self) -> TrainingStatus:
-        """Where the job stands."""
-        return self._status
-
-    def cancel(self) -> bool:
-        """Stop the job at its next step; what it took of the cluster is free soon after.
-
-        Returns:
-            False if it had ended before.
+        Raises:
+            ConfigurationError: It is not what DSPy calls the chat format.
         """
-        # DSPy's own method says nothing of whether there was anything left to cancel.
-        if not super(TrainingJob, self).cancel():
-            return False
-        self._cancelling.set()
-        self._status = TrainingStatus.cancelled
-        return True
-
-    def is_cancelling(self) -> bool:
-        """Whether ``cancel`` was called in time."""
-        return self._cancelling.is_set()
-
-    def started(self) -> None:
-        """Note that its turn has come."""
-        if not self.is_cancelling():
-            self._status = TrainingStatus.running
-
-    def set_result(self, result: Any) -> None:
-        """End the job; an exception is raised by ``result()``, as by any future."""
-        if self.cancelled():
-            return
-        if isinstance(result, Exception):
-            self._status = TrainingStatus.failed
-            self.set_exception(result)
-        else:
-            self._status = TrainingStatus.succeeded
-            super().set_result(result)
-
-
-class _Launch(Section):
-    """What ``launch_kwargs`` may hold."""
-
-    min_replicas: int = 1
-    max_replicas: int = 1
-    max_batch_size: int = 32
-    use_gpu: Any = "auto"
+        if isinstance(data, cls):
+            return data
+        for number, row in enumerate(data):
+            messages = row.get("messages") if isinstance(row, Mapping) else None
+            if not messages or messages[-1].get("role") != "assistant":
+                raise ConfigurationError(
+                    f"train_data[{number}]: expected {{'messages': [...]}} that end with the "
+                    f"assistant's, found {str(row)[:200]}."
+                )
+        return cls([Row(row["messages"], "", "", folded=False) for row in data])
 
 
 class RayProvider(Provider):
@@ -123,7 +81,8 @@ class RayProvider(Provider):
 
     Args:
         storage: Local folder or fsspec URI for rows, checkpoints and students, unless
-            ``train_kwargs`` name an ``output_dir``. All nodes must reach it.
+            ``train_kwargs`` name an ``output_dir``. All nodes must reach it. Each student has
+            a folder of its own below ``students/`` there, named by what made it.
         name: The run's folder in it.
         scratch: Sizes of a micro-student, as ``student.scratch`` of a configuration file.
 
@@ -165,7 +124,7 @@ class RayProvider(Provider):
         Raises:
             ConfigurationError: It cannot.
         """
-        base = student_of(model)
+        base = full_name(student_of(model))
         kwargs = parse_train_kwargs(train_kwargs, base)
         preflight.check_training(base, kwargs.train, prompts)
         self._directory(kwargs).create()
@@ -196,14 +155,22 @@ class RayProvider(Provider):
             TrainingError: Training failed.
             TrainingCancelled: The job was cancelled.
         """
-        rows = train_data if isinstance(train_data, TrainingRows) else TrainingRows(train_data)
-        _check_format(rows, train_data_format)
+        _check_format(train_data_format)
+        rows = TrainingRows.read(train_data)
+        if not rows:
+            raise TrainingError("train_data is empty: there is nothing to train on.")
+        base = full_name(student_of(model))
         kwargs = self.check(model, train_kwargs or {})
         directory = self._directory(kwargs)
-        with _turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:
-            preflight.check_workers(kwargs.train)
-            task = self._prepare(student_of(model), rows, kwargs, directory)
-            fine_tune(task, progress, job.is_cancelling)
+        with turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:
+            train = preflight.fitted_workers(kwargs.train)
+            preflight.check_workers(train)
+            task = self._prepare(base, rows, train, directory, progress)
+            try:
+                fine_tune(task, progress, job.is_cancelling)
+            except KeyboardInterrupt as error:
+                # DSPy's thread would let it pass, and whoever waits for the job wait for ever.
+                raise TrainingError("Training was interrupted.") from error
         return model_name(directory.join(task.student_folder()))
 
     def launch(self, lm: dspy.LM, launch_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -212,7 +179,7 @@ class RayProvider(Provider):
         Args:
             lm: Its calls go to the deployment from now on, in this process and in every one
                 that is connected to the same Ray.
-            launch_kwargs: ``min_replicas``, ``max_replicas``, ``max_batch_size``, ``use_gpu``.
+            launch_kwargs: Fields of ``serve.deployments.Scale``.
 
         Raises:
             ConfigurationError: A setting is wrong, or the cluster has no room.
@@ -220,9 +187,7 @@ class RayProvider(Provider):
         """
         from serve.launch import launch
 
-        given = {**(lm.launch_kwargs or {}), **(launch_kwargs or {})}
-        settings = validated(_Launch, given, "launch_kwargs")
-        launch(student_of(lm.model), **settings.model_dump())
+        launch(student_of(lm.model), **{**(lm.launch_kwargs or {}), **(launch_kwargs or {})})
 
     def kill(self, lm: dspy.LM, launch_kwargs: Mapping[str, Any] | None = None) -> None:
         """Take the LM's student down, and whatever ``launch`` started for it; see ``launch``."""
@@ -234,14 +199,21 @@ class RayProvider(Provider):
         return RunDir(kwargs.output_dir or f"{self._storage}/{self._name}")
 
     def _prepare(
-        self, base: str, data: TrainingRows, kwargs: TrainKwargs, directory: RunDir
+        self,
+        base: str,
+        data: TrainingRows,
+        train: TrainConfig,
+        directory: RunDir,
+        progress: ProgressReporter,
     ) -> FineTuning:
         """Write the rows, folded if they can be."""
         folding = data.profile.folding
-        split = {}
-        for name, conversations in (("train", data), ("val", data.val)):
-            rows = [Row(row["messages"], "", "", folded=False) for row in conversations]
-            split[name] = [(fold_row(row, folding) if folding else row).to_json() for row in rows]
+        rows = {"train": data.train, "val": data.val}
+        if folding:
+            rows = {name: [fold_row(row, folding) for row in some] for name, some in rows.items()}
+            folded = sum(row.folded for some in rows.values() for row in some)
+            progress.note(f"  {folded} of {sum(map(len, rows.values()))} rows folded")
+        split = {name: [row.to_json() for row in some] for name, some in rows.items()}
         identity = fingerprint(split)
         paths = {name: f"rows/{identity[:12]}/{name}.jsonl" for name in split}
         for name, lines in split.items():
@@ -253,7 +225,7 @@ class RayProvider(Provider):
             student=StudentConfig(
                 model=base, prompt="folded" if folding else "full", scratch=self._scratch
             ),
-            train=kwargs.train,
+            train=train,
             profile=data.profile,
             directory=directory,
         )
@@ -262,43 +234,13 @@ class RayProvider(Provider):
 @contextlib.contextmanager
 def reporting(directory: RunDir) -> Iterator[ProgressReporter]:
     """Progress on this terminal or notebook, and in the run directory's events."""
-    with directory.appending("events.jsonl") as path:
-        yield ProgressReporter(Console(stderr=True), open_events(path))
+    with directory.appending("events.jsonl") as path, open_events(path) as events:
+        yield ProgressReporter(Console(stderr=True), events)
 
 
-@contextlib.contextmanager
-def _turn(job: RayTrainingJob) -> Iterator[None]:
-    """Wait for the jobs before this one; it may be cancelled meanwhile."""
-    while not _one_at_a_time.acquire(timeout=0.2):
-        if job.is_cancelling():
-            raise TrainingCancelled("The job was cancelled before its turn came.")
-    try:
-        job.started()
-        yield
-    finally:
-        _one_at_a_time.release()
-
-
-def _check_format(rows: TrainingRows, given: TrainDataFormat | str | None) -> None:
+def _check_format(given: TrainDataFormat | str | None) -> None:
     if given not in (None, TrainDataFormat.CHAT):
         raise ConfigurationError(
             f"train_data_format={given!r}: expected {TrainDataFormat.CHAT.value!r}, which is "
             "messages that end with the assistant's."
         )
-    if not rows:
-        raise TrainingError("train_data is empty: there is nothing to train on.")
-    for number, row in enumerate([*rows, *rows.val]):
-        messages = row.get("messages") if isinstance(row, Mapping) else None
-        if not messages or messages[-1].get("role") != "assistant":
-            raise ConfigurationError(
-                f"train_data[{number}]: expected {{'messages': [...]}} that end with the "
-                f"assistant's, found {str(row)[:200]}."
-            )
-
-
-def validated(kind: type[Section], given: Mapping[str, Any], name: str) -> Any:
-    """The section of these settings; its errors call them ``name``."""
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise ConfigurationError(f"{name}: {explain(error, kind)}") from None

@@ -14,7 +14,7 @@ import dspy
 
 from distill.config import TraceConfig
 from distill.tracing.trace import FailureKind, PredictorCall, Trace, passes
-from distill.tracing.values import allows_none, revive
+from distill.tracing.values import revive
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 
@@ -129,7 +129,7 @@ def render_rows(
             prompt = prompts.get(call.predictor or "")
             if prompt is None:
                 counts.unknown_predictor += 1
-            elif _lacks_output(call, prompt[0]):
+            elif _lacks_output(call, prompt[0], adapter):
                 counts.missing_output += 1
             else:
                 row = _render(call, *prompt, adapter, trace.example_id, counts)
@@ -177,9 +177,18 @@ def _reason(trace: Trace) -> str:
     return "error" if trace.score and trace.score.error else "metric"
 
 
-def _lacks_output(call: PredictorCall, signature: type[dspy.Signature]) -> bool:
-    # A None rendered as text would teach the student to say "None".
-    return any(
-        call.outputs.get(name) is None and not allows_none(field.annotation)
-        for name, field in signature.output_fields.items()
-    )
+def _lacks_output(
+    call: PredictorCall, signature: type[dspy.Signature], adapter: dspy.Adapter
+) -> bool:
+    """Whether an output is None and would be rendered as a text that says so."""
+    empty = [name for name in signature.output_fields if call.outputs.get(name) is None]
+    if not empty:
+        return False
+    outputs = revive(call.outputs, signature.output_fields)
+    try:
+        answer = adapter.format_assistant_message_content(signature, outputs)
+        read: dict[str, Any] = adapter.parse(signature, answer)
+    # An adapter that cannot read its own answer raises what it likes.
+    except Exception:
+        return True
+    return any(read.get(name) is not None for name in empty)

@@ -116,7 +116,7 @@ def no_rows(traces: Sequence[Trace], rejected: Mapping[str, int]) -> str:
     return (
         f"None of {len(traces)} traces is good enough to learn from; rejected: "
         f"{reasons or 'none, but no call could be rendered'}.{example} Look at the metric (or set "
-        "trace.keep=all) and run the same command again; traces are kept."
+        "trace.keep=all) and run it again; traces are kept."
     )
 
 

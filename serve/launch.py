@@ -6,6 +6,7 @@ callers find a launched student is for ``reach``; a student with HTTP in front i
 
 import hashlib
 import logging
+import os
 import threading
 from contextlib import ExitStack
 from typing import Any
@@ -48,7 +49,6 @@ def launch(student: str, **scale: Any) -> None:
     name = full_name(student)
     check_model(name)
     options = _scale(scale)
-    check_model(name)
     with _lock, ExitStack() as failed:
         failed.callback(_stop_if_idle)
         running.connect(_started)
@@ -68,7 +68,10 @@ def launch(student: str, **scale: Any) -> None:
 def kill(student: str) -> None:
     """Free what the student's launch took; nothing where it was not launched."""
     name = full_name(student)
-    with _lock:
+    with _lock, ExitStack() as connected:
+        # An ended process may have left it on the cluster.
+        if os.environ.get("RAY_ADDRESS"):
+            running.connect(connected)
         if ray.is_initialized():
             running.delete(_app_name(name))
             _stop_if_idle()

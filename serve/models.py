@@ -35,7 +35,7 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 def full_name(model: str) -> str:
     """The name by which other processes know the model: local folders by absolute path."""
-    if is_hub_id(model) or ("://" in model and not model.startswith("file://")):
+    if model == SCRATCH or is_hub_id(model) or ("://" in model and not model.startswith("file://")):
         return model.rstrip("/")
     return absolute(model).rstrip("/")
 

@@ -13,7 +13,7 @@ import dspy
 
 from serve.dspy_lm import student_adapter, student_lm
 from serve.engines.base import Complete
-from serve.programs import runs_async
+from serve.programs import as_prediction, runs_async
 from serve.schema import Form, input_form, output_form, to_json
 from serve.student import load_student
 
@@ -65,5 +65,5 @@ class ProgramRunner:
             # The thread takes the request's context variables along.
             run = contextvars.copy_context().run
             prediction = await loop.run_in_executor(self._threads, run, call)
-        values = prediction.toDict()
+        values = as_prediction(prediction).toDict()
         return {name: to_json(values.get(name)) for name in self._outputs}

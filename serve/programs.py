@@ -18,6 +18,9 @@ from serve.errors import ConfigurationError
 if TYPE_CHECKING:
     import dspy
 
+RETURNED = "returned"
+"""The output of a program that does not return a ``dspy.Prediction``."""
+
 
 def import_object(path: str, role: str) -> Any:
     """Import ``package.module:name``; the name may have dots.
@@ -71,16 +74,13 @@ def build_program(path: str) -> "dspy.Module":
     return program
 
 
-def import_path(program: "dspy.Module") -> str | None:
-    """The import path of a program's class, if that makes such a program by itself."""
-    kind = type(program)
-    if kind.__module__ == "__main__" or not kind.__qualname__.isidentifier():
-        return None
-    try:
-        inspect.signature(kind).bind()
-    except (TypeError, ValueError):
-        return None
-    return f"{kind.__module__}:{kind.__qualname__}"
+def as_prediction(returned: Any) -> "dspy.Prediction":
+    """What a program returned, as a prediction: programs may return anything."""
+    import dspy
+
+    if isinstance(returned, dspy.Prediction):
+        return returned
+    return dspy.Prediction(**{RETURNED: returned})
 
 
 def runs_async(program: "dspy.Module") -> bool:

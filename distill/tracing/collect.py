@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from distill.datasets import distinct
-from distill.programs import Task, fingerprint, program_fingerprint
+from distill.fingerprints import fingerprint
+from distill.programs import Task, program_fingerprint
 from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_to, governing
 from distill.tracing.limits import Counts, Limits, StopReason, explain, should_stop, too_many_failed
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LOST_ACTORS = 3
 POLL_S = 0.5
+SAY_AFTER_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,17 @@ class _Dispatcher:
         self._calls = 0
         self._lost = 0
         self._flights: dict[Any, tuple[str, Any]] = {}
+        self._starting: dict[Any, Any] = {}
+        self._since, self._said = time.monotonic(), False
 
     def run(self, actors: Sequence[Any]) -> StopReason | None:
         """Dispatch until nothing is left, or until a limit says stop."""
         stopped = None
-        idle = deque(actor for _ in range(self._job.concurrency) for actor in actors)
+        idle: deque[Any] = deque()
+        self._starting = {actor.ready.remote(): actor for actor in actors}
         while self._flights or (self._todo and not stopped):
+            for actor in self._started():
+                idle.extend([actor] * self._job.concurrency)
             while self._todo and idle and not stopped:
                 stopped = self._limit()
                 if not stopped:
@@ -177,6 +185,27 @@ class _Dispatcher:
             stopped = stopped or self._limit()
             self._on_progress(self._counts, self._calls, len(self._examples))
         return stopped
+
+    def _started(self) -> list[Any]:
+        """Actors that have come up; others wait for room, which somebody else may hold."""
+        # With nothing in flight there is nothing else to wait for.
+        timeout = 0 if self._flights else POLL_S
+        if not self._starting:
+            return []
+        if not self._said and not self._flights and time.monotonic() - self._since > SAY_AFTER_S:
+            self._said = True
+            logger.warning("Waiting for room for tracing actors; the cluster has none to spare.")
+        ready, _ = ray.wait(list(self._starting), num_returns=1, timeout=timeout)
+        actors = []
+        for ref in ready:
+            actor = self._starting.pop(ref)
+            try:
+                ray.get(ref)
+                actors.append(actor)
+            except RayActorError as error:
+                self._count_loss(error)
+                self._starting[actor.ready.remote()] = actor
+        return actors
 
     def _limit(self) -> StopReason | None:
         return should_stop(self._counts, self._job.limits, len(self._flights), len(self._examples))
@@ -201,7 +230,7 @@ class _Dispatcher:
                 cause = error.cause if error.cause is not None else error
                 raise TracingError(
                     f"A tracing actor failed: {type(cause).__name__}: {cause}. What was traced is "
-                    "kept; mend the cause and run the same command again."
+                    "kept; mend the cause and run it again."
                 ) from error
             self._calls += acknowledged.calls
             self._counts.add(acknowledged.failure, acknowledged.cost_usd)
@@ -211,14 +240,17 @@ class _Dispatcher:
 
     def _requeue(self, key: str, error: RayActorError) -> None:
         # Ray restarts the actor; the example was not durable, so it runs again.
-        self._lost += 1
         logger.warning("An actor died with example %s in flight: %s", key, error)
+        self._count_loss(error)
+        self._todo.append(key)
+
+    def _count_loss(self, error: RayActorError) -> None:
+        self._lost += 1
         if self._lost > MAX_LOST_ACTORS * self._job.concurrency:
             raise TracingError(
                 f"Tracing actors keep dying: {error}. What was traced is kept; look at the logs "
-                "for the cause (memory is the usual one) and run the same command again."
+                "for the cause (memory is the usual one) and run it again."
             ) from error
-        self._todo.append(key)
 
 
 @contextlib.contextmanager
@@ -250,6 +282,9 @@ class TraceActor:
         self._tracer: Tracer | None = None
         self._pending: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._committing: asyncio.Task[None] | None = None
+
+    async def ready(self) -> None:
+        """Answers once the actor is up."""
 
     async def trace(self, key: str, example: dspy.Example) -> Acknowledgement:
         """Trace one example; durable when this returns."""

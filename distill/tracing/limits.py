@@ -142,7 +142,7 @@ def explain(reason: StopReason, counts: Counts, limits: Limits) -> str:
         return (
             f"{counts.failed} of {counts.finished} examples failed, more than "
             f"trace.max_failure_rate={limits.max_failure_rate}: {counts.worst()}. What was traced "
-            "is kept; mend the cause, or raise the rate, and run the same command again."
+            "is kept; mend the cause, or raise the rate, and run it again."
         )
     if reason is StopReason.UNPRICED:
         return (
@@ -157,7 +157,7 @@ def explain(reason: StopReason, counts: Counts, limits: Limits) -> str:
     return (
         f"Stopped at ${limits.spent_usd + counts.cost_usd:.4f} of "
         f"trace.budget_usd={limits.budget_usd}. What was traced is kept; raise the budget and run "
-        "the same command again to go on."
+        "it again to go on."
     )
 
 

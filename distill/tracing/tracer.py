@@ -18,7 +18,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError
 
 from distill.datasets import example_id
-from distill.programs import Task, metric_fingerprint
+from distill.programs import Task
 from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.gate import Gate, OpenGate
 from distill.tracing.trace import (
@@ -35,7 +35,7 @@ from distill.tracing.trace import (
 from distill.tracing.values import jsonable, revive_prediction
 from serve.dspy_lm import LmFailure, governed, is_lm_error, lm_failure
 from serve.errors import CallPrevented
-from serve.programs import runs_async
+from serve.programs import as_prediction, runs_async
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
@@ -50,6 +50,7 @@ class _Run:
     steps: list[Any] = field(default_factory=list)
     usages: list[tuple[str, Usage]] = field(default_factory=list)
     lm_errors: list[Exception] = field(default_factory=list)
+    returned: Any = None
     prediction: dspy.Prediction | None = None
     error: Exception | None = None
     latency_s: float = 0.0
@@ -96,14 +97,16 @@ class Tracer:
         self._lm = governed(lm, ours if override_lms else conductor)
         self._judge = governed(judge, conductor) if judge else self._lm
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="program")
-        self._metric = metric_fingerprint(task.metric) if task.metric else None
+        self._metric = task.metric_identity
         named = task.program.named_predictors()
-        for _, predictor in named:
+        for name, predictor in named:
             predictor.lm = None if override_lms else predictor.lm
+            # Programs copy predictors as they run (retries, best of n), and a copy keeps its
+            # stage; predictors made from one another would share theirs.
+            predictor.stage = name
+        self._names = {name for name, _ in named}
         for _, module in task.program.named_sub_modules(dspy.Module):
             _govern_own(module, conductor)
-        self._by_identity = {id(predictor): name for name, predictor in named}
-        self._by_stage = _unique((predictor.stage, name) for name, predictor in named)
 
     async def trace(self, key: str, example: dspy.Example) -> Trace:
         """Run the program on one example.
@@ -149,11 +152,13 @@ class Tracer:
 
     def _run_sync(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
-            run.prediction = _checked(self._task.program(**example.inputs()))
+            run.returned = self._task.program(**example.inputs())
+            run.prediction = as_prediction(run.returned)
 
     async def _run_async(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
-            run.prediction = _checked(await self._task.program.acall(**example.inputs()))
+            run.returned = await self._task.program.acall(**example.inputs())
+            run.prediction = as_prediction(run.returned)
 
     async def _score(self, example: dspy.Example, run: _Run) -> Score | None:
         if self._metric is None or run.prediction is None:
@@ -164,7 +169,7 @@ class Tracer:
             # The metric may ask an LM of its own, but must not add steps to the trace.
             run.scoring = True
             with judging(self._task, self._judge), dspy.context(**{RUN: run}):
-                return score_prediction(metric, self._metric or "", example, run.prediction)
+                return score_prediction(metric, self._metric or "", example, run.returned)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
 
@@ -173,9 +178,8 @@ class Tracer:
         return PredictorCall(name, jsonable(inputs), jsonable(dict(outputs.items())))
 
     def _name(self, module: Any) -> str | None:
-        # Programs copy predictors as they run (retries, best of n): a copy keeps its stage.
-        stage = getattr(module, "stage", "")
-        return self._by_identity.get(id(module)) or self._by_stage.get(stage)
+        stage = getattr(module, "stage", None)
+        return stage if stage in self._names else None
 
     def _record(self, usage: Usage) -> None:
         run = dspy.settings.get(RUN)
@@ -212,7 +216,7 @@ def score_prediction(
 
 def has_current_score(trace: Trace, task: Task) -> bool:
     """Whether a trace's score, or its having none, is by the task's metric as it is now."""
-    identity = metric_fingerprint(task.metric) if task.metric else None
+    identity = task.metric_identity
     return trace.prediction is None or identity == (trace.score and trace.score.metric)
 
 
@@ -225,11 +229,12 @@ def with_current_score(
     """
     if has_current_score(trace, task):
         return trace
-    if task.metric is None or trace.prediction is None:
+    identity = task.metric_identity
+    if task.metric is None or identity is None or trace.prediction is None:
         return dataclasses.replace(trace, score=None)
     prediction = revive_prediction(trace.prediction, task.program)
     with judging(task, judge):
-        score = score_prediction(task.metric, metric_fingerprint(task.metric), example, prediction)
+        score = score_prediction(task.metric, identity, example, prediction)
     return dataclasses.replace(trace, score=score)
 
 
@@ -249,21 +254,6 @@ def _govern_own(module: dspy.Module, conductor: Conductor) -> None:
 def _by_name(usages: Sequence[tuple[str, Usage]]) -> dict[str, Usage]:
     names = dict.fromkeys(name for name, _ in usages)
     return {name: total_usage([usage for each, usage in usages if each == name]) for name in names}
-
-
-def _unique(pairs: Any) -> dict[str, str]:
-    names: dict[str, list[str]] = {}
-    for stage, name in pairs:
-        names.setdefault(stage, []).append(name)
-    return {stage: found[0] for stage, found in names.items() if len(found) == 1}
-
-
-def _checked(prediction: Any) -> dspy.Prediction:
-    if not isinstance(prediction, dspy.Prediction):
-        raise TypeError(
-            f"the program returned a {type(prediction).__name__}; expected a dspy.Prediction"
-        )
-    return prediction
 
 
 def _failure(error: Exception, is_lms: bool) -> Failure:

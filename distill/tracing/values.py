@@ -11,6 +11,8 @@ import dspy
 import pydantic
 from dspy.adapters.utils import serialize_for_json
 
+from serve.programs import RETURNED
+
 _UNFIT = (pydantic.ValidationError, pydantic.errors.PydanticUserError, TypeError)
 
 
@@ -27,21 +29,14 @@ def revive(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def revive_prediction(values: Mapping[str, Any], program: dspy.Module) -> dspy.Prediction:
-    """A program's prediction, typed by its predictors' output fields of the same names."""
+def revive_prediction(values: Mapping[str, Any], program: dspy.Module) -> Any:
+    """What a program returned, typed by its predictors' output fields of the same names."""
+    if values.keys() == {RETURNED}:
+        return values[RETURNED]
     fields: dict[str, Any] = {}
     for predictor in program.predictors():
         fields.update(predictor.signature.output_fields)
     return dspy.Prediction(**revive(values, fields))
-
-
-def allows_none(annotation: Any) -> bool:
-    """Whether None is a value of the type."""
-    try:
-        pydantic.TypeAdapter(annotation).validate_python(None)
-    except _UNFIT:
-        return False
-    return True
 
 
 def _validated(value: Any, annotation: Any) -> Any:

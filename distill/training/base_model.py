@@ -27,6 +27,7 @@ from distill.config import SCRATCH, ScratchConfig
 from distill.training.encoding import Conversation, encode, end_of_turn_id
 from serve.errors import ConfigurationError, TrainingError
 from serve.files import local_folder
+from serve.models import CHAT_TEMPLATE
 
 # The signs that folded prompts are joined with are tokens of their own.
 _SIGNS = "¦¬"
@@ -35,15 +36,6 @@ _SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|
 # As GPT-2 cuts a text, but digits one by one, and an underscore is a letter: the labels of a
 # closed set then become one token each.
 _PIECES = r" ?[\p{L}_]+| ?\p{N}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
-
-CHAT_TEMPLATE = (
-    "{%- if bos_token %}{{ bos_token }}{% endif -%}"
-    "{%- for message in messages -%}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}"
-)
-"""For micro-students, and models whose tokenizer has none."""
 
 
 def make_scratch(

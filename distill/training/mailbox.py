@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from serve.errors import TrainingError
+
 Event = dict[str, Any]
 T = TypeVar("T")
 
@@ -63,6 +65,9 @@ def run_with_events(
     try:
         while not finished:
             finished = bool(wait([running], timeout=_POLL_S).done)
+            # Any call of Ray's would start another one in the place of the one that has gone.
+            if not ray.is_initialized():
+                raise TrainingError("Training ended with the Ray that it ran on.")
             for event in ray.get(mailbox.take.remote()):
                 if not started:
                     started = True
@@ -72,7 +77,8 @@ def run_with_events(
                 told = True
                 mailbox.cancel.remote()
     except BaseException:
-        mailbox.cancel.remote()
+        if ray.is_initialized():
+            mailbox.cancel.remote()
         raise
     return running.result()
 

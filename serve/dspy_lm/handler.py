@@ -72,23 +72,23 @@ class StudentHandler(litellm.CustomLLM):
         """Answer one request."""
         with _as_lm_errors(model):
             forward = _forwarding(model, call)
-            if forward is None:
-                reached = reach(model)
-                requests = _chat_requests(messages, call["optional_params"])
-                return _model_response(model, [reached.answer(request) for request in requests])
-        return litellm.completion(messages=messages, **forward)
+            if forward is not None:
+                return litellm.completion(messages=messages, **forward)
+            reached = reach(model)
+            requests = _chat_requests(messages, call["optional_params"])
+            return _model_response(model, [reached.answer(request) for request in requests])
 
     async def acompletion(self, model: str, messages: list[Any], **call: Any) -> Any:  # type: ignore[override]
         """Answer one request, on an event loop."""
         with _as_lm_errors(model):
             forward = await asyncio.to_thread(_forwarding, model, call)
-            if forward is None:
-                # The first call of a student loads it.
-                reached = await asyncio.to_thread(reach, model)
-                requests = _chat_requests(messages, call["optional_params"])
-                results = await asyncio.gather(*(reached.aanswer(each) for each in requests))
-                return _model_response(model, results)
-        return await litellm.acompletion(messages=messages, **forward)
+            if forward is not None:
+                return await litellm.acompletion(messages=messages, **forward)
+            # The first call of a student loads it.
+            reached = await asyncio.to_thread(reach, model)
+            requests = _chat_requests(messages, call["optional_params"])
+            results = await asyncio.gather(*(reached.aanswer(each) for each in requests))
+            return _model_response(model, results)
 
     def streaming(self, **call: Any) -> Iterator[Any]:  # type: ignore[override]
         """The whole answer, as a stream of it."""
@@ -149,7 +149,7 @@ def _as_lm_errors(model: str) -> Iterator[None]:
     """Raise errors as litellm's, which say what is worth a retry."""
     try:
         yield
-    except RequestError as error:
+    except (RequestError, litellm.BadRequestError) as error:
         raise LMInvalidRequestError(str(error)) from error
     except Overloaded as error:
         raise litellm.RateLimitError(str(error), "raydistill", model) from error

@@ -19,7 +19,7 @@ from serve.errors import BudgetExceeded, TracingError
 from tests import programs
 from tests.runs import MoodTeacher
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.dspy]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,15 +26,6 @@ def student_dir(tmp_path_factory):
     return tiny_student.make_student(tmp_path_factory.mktemp("student"), epochs=0)
 
 
-@pytest.fixture
-def launched(student_dir):
-    """The student, launched on a Ray of its own, and killed."""
-    launch.launch(str(student_dir))
-    yield str(student_dir)
-    launch.kill(str(student_dir))
-    assert not ray.is_initialized()
-
-
 def triage(student):
     program = tiny_student.Desk()
     program.set_lm(dspy.LM(model_name(str(student)), cache=False))
@@ -83,7 +74,7 @@ def applications():
 
 def asked(student):
     """How many requests the launched student has answered."""
-    answered = launch.handle(student).status.remote().result(timeout_s=60)
+    answered = launch.handle(str(student)).status.remote().result(timeout_s=60)
     return sum(answered.values())
 
 
@@ -95,54 +86,12 @@ def test_a_launched_student_answers_on_ray_until_it_is_killed(student_dir):
     assert len(applications()) == 1
     assert program(text=TEXT).toDict() == here
     assert asyncio.run(program.triage.acall(text=TEXT)).toDict() == here
-    assert asked(str(student_dir)) == 2
+    assert asked(student_dir) == 2
     for _ in range(2):
         launch.kill(str(student_dir))
     assert not ray.is_initialized()
     assert launch.handle(str(student_dir)) is None
     assert program(text=TEXT).toDict() == here
-
-
-def test_other_processes_of_the_cluster_ask_the_launched_student(launched):
-    @ray.remote(num_cpus=0)
-    def ask():
-        return triage(launched)(text=TEXT).toDict()
-
-    before = asked(launched)
-    assert ray.get(ask.remote()) == triage(launched)(text=TEXT).toDict()
-    assert asked(launched) == before + 2
-
-
-def test_what_was_killed_elsewhere_is_asked_here_at_the_next_try(launched):
-    @ray.remote(num_cpus=0)
-    def kill():
-        launch.kill(launched)
-
-    program = triage(launched)
-    before = program(text=TEXT).toDict()
-    ray.get(kill.remote())
-    assert program(text=TEXT).toDict() == before
-
-
-def test_a_request_that_the_launched_student_refuses_says_why(launched):
-    with pytest.raises(Exception, match="the student takes at most") as caught:
-        triage(launched).triage.lm("word " * 500)
-    assert is_lm_error(caught.value)
-
-
-def test_others_applications_and_their_ray_are_left_alone(student_dir):
-    cluster.connect()
-    try:
-        launch.launch(str(student_dir))
-        other = ray.serve.deployment(lambda: "hi", name="other").options(
-            ray_actor_options={"num_cpus": 0}
-        )
-        ray.serve.run(other.bind(), name="other", route_prefix=None)
-        launch.kill(str(student_dir))
-        assert applications() == {"other"}
-    finally:
-        ray.serve.shutdown()
-        ray.shutdown()
 
 
 def test_what_cannot_be_launched_is_told_and_leaves_nothing(student_dir, tmp_path):
@@ -151,9 +100,64 @@ def test_what_cannot_be_launched_is_told_and_leaves_nothing(student_dir, tmp_pat
         ("scratch", {}, ConfigurationError, "scratch is not trained yet"),
         (tmp_path / "missing", {}, ConfigurationError, "no such directory"),
         (student_dir, {"replicas": 2}, ConfigurationError, "Known are min_replicas"),
-        (student_dir, {"min_replicas": 999, "max_replicas": 999}, ConfigurationError, "999 CPUs"),
         (tmp_path, {}, StudentError, "cannot be served"),
     ):
         with pytest.raises(kind, match=message):
             launch.launch(str(student), **options)
         assert not ray.is_initialized()
+
+
+class TestOnAClusterThatIsThere:
+    @pytest.fixture(scope="class", autouse=True)
+    def connected(self):
+        cluster.connect()
+        yield
+        ray.serve.shutdown()
+        ray.shutdown()
+
+    @pytest.fixture
+    def launched(self, student_dir):
+        launch.launch(str(student_dir))
+        return str(student_dir)
+
+    def test_other_processes_ask_the_launched_student(self, launched):
+        @ray.remote(num_cpus=0)
+        def ask(model):
+            import serve.dspy_lm  # noqa: F401
+
+            program = tiny_student.Desk()
+            program.set_lm(dspy.LM(model, cache=False))
+            return program(text=TEXT).toDict()
+
+        before = asked(launched)
+        answer = ray.get(ask.remote(model_name(launched)))
+        assert answer == triage(launched)(text=TEXT).toDict()
+        assert asked(launched) == before + 2
+
+    def test_a_request_that_is_refused_says_why(self, launched):
+        with pytest.raises(Exception, match="the student takes at most") as caught:
+            triage(launched).triage.lm("word " * 500)
+        assert is_lm_error(caught.value)
+
+    def test_what_was_killed_elsewhere_answers_here_at_the_next_try(self, launched):
+        @ray.remote(num_cpus=0)
+        def kill():
+            launch.kill(launched)
+
+        program = triage(launched)
+        before = program(text=TEXT).toDict()
+        ray.get(kill.remote())
+        assert program(text=TEXT).toDict() == before
+
+    def test_more_students_than_there_is_room_for_are_told(self, launched, tmp_path):
+        with pytest.raises(ConfigurationError, match="replicas of launched students=1000 needs"):
+            launch.launch(str(tmp_path), min_replicas=999, max_replicas=999)
+        assert len(applications()) == 1
+
+    def test_others_applications_and_their_ray_are_left_alone(self, launched):
+        other = ray.serve.deployment(lambda: "hi", name="other").options(
+            ray_actor_options={"num_cpus": 0}
+        )
+        ray.serve.run(other.bind(), name="other", route_prefix=None)
+        launch.kill(launched)
+        assert applications() == {"other"}

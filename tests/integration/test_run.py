@@ -11,7 +11,7 @@ import transformers
 from examples.standin_teacher import serve_in_background
 from tests.runs import MoodTeacher, RunFolder
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.dspy]
 
 
 LEFT_BEHIND = [

@@ -20,13 +20,14 @@ import ray
 from transformers import AutoTokenizer
 
 from serve.app import AppArgs, run
+from serve.dspy_lm import model_name
 from serve.engines.base import ChatRequest, RequestError
 from serve.engines.prompts import encode_prompt
 from serve.engines.transformers import TransformersEngine
 from serve.errors import ConfigurationError, StudentError
 from tests import tiny_student
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.dspy]
 
 KEY_VARIABLE = "RAYDISTILL_TEST_KEY"
 KEY = "the-key-of-the-test"
@@ -268,3 +269,27 @@ class TestSignals:
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
+
+
+def test_a_student_directory_without_a_program_answers_dspys_lm(student_dir, tmp_path, ray_dir):
+    folder = shutil.copytree(student_dir, tmp_path / "student")
+    manifest = json.loads((folder / "student.json").read_text()) | {"program": None}
+    (folder / "student.json").write_text(json.dumps(manifest))
+    (folder / "program.json").unlink()
+    port = free_port()
+    command = [sys.executable, "-m", "distill.cli", "serve", folder, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert any("Serving at" in line for line in process.stdout)
+            api_base = f"http://127.0.0.1:{port}/v1"
+            lm = dspy.LM(model_name(str(folder)), api_base=api_base, cache=False)
+            with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+                prediction = dspy.Predict(tiny_student.Triage)(text=tiny_student.ROWS[2][0])
+            assert (prediction.team, prediction.urgent) == ("sales", False)
+            url = f"http://127.0.0.1:{port}"
+            assert httpx.post(f"{url}/predict", json={"text": "x"}).status_code == 404
+            answered = httpx.get(f"{url}/healthz").json()["student"]
+            assert answered == {"folded_prompts": 1, "full_prompts": 0}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)

@@ -49,6 +49,11 @@ def test_more_replicas_than_the_cluster_has_room_for_are_told(monkeypatch):
         cluster.check_room({"CPU": 3, "GPU": 2}, "serve.replicas.min=2")
 
 
+def test_a_student_directory_is_served_as_it_is(tmp_path):
+    (tmp_path / "student.json").write_text("{}")
+    assert app_args(RunDir(str(tmp_path))) == AppArgs(student=str(tmp_path))
+
+
 def test_a_folder_that_is_no_run_directory_is_told(tmp_path):
     directory = RunDir(str(tmp_path))
     with pytest.raises(ConfigurationError, match="is no run directory"):

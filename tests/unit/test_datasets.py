@@ -13,6 +13,8 @@ from distill.config import DataConfig
 from distill.datasets import count_leaks, distinct, example_id, is_dev, load_examples
 from serve.errors import ConfigurationError
 
+pytestmark = pytest.mark.dspy
+
 RECORDS = [{"text": "a\nb", "label": "x"}, {"text": 'q "u"', "label": "ÿ\u2028z"}]
 
 

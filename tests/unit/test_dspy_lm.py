@@ -154,6 +154,18 @@ def test_a_refused_request_is_not_tried_again(scripted):
     assert len(engine.requests) == 2
 
 
+def test_a_request_that_an_endpoint_refuses_is_not_tried_again():
+    chat = Chat()
+    chat.engine.script = [RequestError("too long.")]
+    with endpoint(chat) as api_base:
+        lm = dspy.LM("raydistill//some/student", api_base=api_base, api_key=KEY, cache=False)
+        for ask in (lambda: lm("hi"), lambda: asyncio.run(lm.acall("hi"))):
+            with pytest.raises(Exception, match=r"too long\.") as caught:
+                ask()
+            assert is_lm_error(caught.value)
+    assert len(chat.engine.requests) == 2
+
+
 def test_a_student_without_room_is_asked_again(scripted):
     engine = Engine(Overloaded("full"), ANSWER)
     assert dspy.LM(scripted(engine), cache=False)("hi") == [ANSWER]
@@ -179,6 +191,8 @@ class Chat:
 
     async def complete(self, request):
         (answer,) = self.engine.generate([request])
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     async def status(self):

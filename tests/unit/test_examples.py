@@ -28,6 +28,8 @@ from examples.tickets import program as tickets_program
 from examples.tickets.generate import NO_ORDER, make_splits, read_tickets, write_splits
 from examples.tickets.teacher import make_answer
 
+pytestmark = pytest.mark.dspy
+
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = [dspy.ChatAdapter(), dspy.JSONAdapter()]
 TRAIN, TEST = make_splits(1500, 300)

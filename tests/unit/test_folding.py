@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from serve.errors import StudentError
 from serve.folding import ESCAPE, SEPARATOR, Folding
 
+pytestmark = pytest.mark.dspy
+
 
 class Person(pydantic.BaseModel):
     name: str

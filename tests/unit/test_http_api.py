@@ -11,6 +11,8 @@ from serve.folding import Folding
 from serve.program_runner import ProgramRunner
 from tests import tiny_student
 
+pytestmark = pytest.mark.dspy
+
 ANSWER = "[[ ## team ## ]]\ntech\n\n[[ ## urgent ## ]]\nTrue\n\n[[ ## completed ## ]]\n"
 KEY = "a secret: key"
 CHAT = {"model": "tickets", "messages": [{"role": "user", "content": "hi"}]}
@@ -58,6 +60,15 @@ def make_client(student, folder, factory="tests.tiny_student:build", api_key=Non
     runner = ProgramRunner(str(folder), student.complete, 4, "tickets")
     app = http_api.build(runner, student.complete, student.status, "tickets", api_key)
     return TestClient(app, raise_server_exceptions=False)
+
+
+def test_a_student_without_a_program_has_its_chat_and_health_alone(student):
+    app = http_api.build(None, student.complete, student.status, "tickets", None)
+    client = TestClient(app)
+    assert client.post("/predict", json={}).status_code == 404
+    assert client.get("/healthz").json()["status"] == "ok"
+    reply = client.post("/v1/chat/completions", json=CHAT)
+    assert reply.json()["choices"][0]["message"]["content"] == ANSWER
 
 
 def test_predict_gives_the_programs_typed_outputs(client):

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from serve.folding import SEPARATOR, Folding
 from serve.patterns import ANYTHING, INTEGER, NUMBER, completion_pattern
 
+pytestmark = pytest.mark.dspy
+
 
 class Colour(enum.Enum):
     RED = "red (dark)"

@@ -17,6 +17,8 @@ from serve.errors import ConfigurationError
 from serve.programs import describe_signature, runs_async
 from tests import programs
 
+pytestmark = pytest.mark.dspy
+
 
 def task(program, metric=None):
     return Task(program, dspy.ChatAdapter(), metric)

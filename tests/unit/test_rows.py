@@ -17,10 +17,12 @@ from distill.rows import (
     render_rows,
 )
 from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage
-from distill.tracing.values import allows_none, jsonable, revive, revive_prediction
+from distill.tracing.values import jsonable, revive, revive_prediction
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 from tests import programs
+
+pytestmark = pytest.mark.dspy
 
 
 def trace(calls=(), score=None, failure=None, prediction=None):
@@ -152,8 +154,3 @@ def test_values_survive_json_with_their_types(n, items):
 
 def test_a_value_that_does_not_fit_its_type_stays():
     assert revive({"n": "many"}, Typed.input_fields) == {"n": "many"}
-
-
-@pytest.mark.parametrize(("annotation", "expected"), [(str, False), (str | None, True)])
-def test_allows_none(annotation, expected):
-    assert allows_none(annotation) is expected

@@ -8,6 +8,8 @@ import pytest
 
 from serve.schema import input_form, output_form, to_json
 
+pytestmark = pytest.mark.dspy
+
 
 class Item(pydantic.BaseModel):
     name: str

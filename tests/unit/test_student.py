@@ -21,7 +21,7 @@ from tests import tiny_student
 DEMO = {"text": "a demo", "team": "tech", "urgent": True}
 ANSWER = "[[ ## team ## ]]\ntech\n\n[[ ## urgent ## ]]\nTrue\n\n[[ ## completed ## ]]\n"
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.dspy]
 
 
 @pytest.fixture
@@ -54,6 +54,13 @@ def test_the_program_comes_with_its_state_and_without_an_lm(folder):
     program = load_program(folder)
     assert [dict(demo) for demo in program.triage.demos] == [DEMO]
     assert program.triage.lm is None
+
+
+def test_a_student_without_a_program_says_what_it_is_for(folder):
+    edit(folder / "student.json", program=None)
+    assert Manifest.load(folder).program is None
+    with pytest.raises(StudentError, match=r"no program .*LM\('raydistill/<student>"):
+        load_student(folder)
 
 
 def test_the_adapter_is_found_by_its_class(folder):

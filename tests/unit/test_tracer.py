@@ -13,6 +13,8 @@ from examples.chat_prompts import read_prompt
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
 from tests import programs
 
+pytestmark = pytest.mark.dspy
+
 
 def answer(messages):
     prompt = read_prompt(messages)
@@ -94,14 +96,22 @@ def test_whatever_raises_becomes_a_failure_of_its_kind(run, program, text, kind,
     assert trace.score is None
 
 
-def test_a_program_that_returns_no_prediction_is_a_failure(run):
+def test_a_program_may_return_anything_and_the_metric_gets_it_as_it_is(run):
     class Bare(dspy.Module):
-        def forward(self, text):
-            return text
+        def __init__(self):
+            super().__init__()
+            self.judge = dspy.Predict(programs.Sentiment)
 
-    trace, _, _ = run(Bare(), "x")
-    assert trace.failure.kind is FailureKind.PROGRAM
-    assert "expected a dspy.Prediction" in trace.failure.message
+        def forward(self, text):
+            return self.judge(text=text).mood
+
+    def is_good(example, mood, trace=None):
+        return mood == "good"
+
+    trace, example, task = run(Bare(), "sun", is_good)
+    assert trace.score.value == 1.0
+    changed = dataclasses.replace(task, metric=lambda example, mood, trace=None: len(mood))
+    assert with_current_score(trace, example, changed, dspy.LM("openai/judge")).score.value == 4.0
 
 
 def test_the_metric_scores_and_what_it_raises_is_kept(run):

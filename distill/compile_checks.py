@@ -1,0 +1,123 @@
+"""What a compile is given, checked: program, metric, examples, teachers.
+
+Each function raises a ``ConfigurationError`` that names what was found and what to do, or does
+nothing more. What is decided from it is ``compile_plan``.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.teleprompt.bootstrap_finetune import prepare_teacher
+
+from distill.config import ScratchConfig, TraceConfig
+from distill.config_file import validated
+from distill.programs import check_inputs
+from serve.errors import ConfigurationError
+
+MAX_FAILURE_RATE = 0.5
+"""Of at least ``MIN_SAMPLE`` examples; what fails most of the time is not worth its price."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``RayBootstrapFinetune`` takes besides what DSPy's own class does."""
+
+    student_model: str | None
+    prompt: str
+    scratch: ScratchConfig
+    trace: TraceConfig
+    storage: str
+    name: str | None
+    strict_compat: bool
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        scratch: Mapping[str, Any] | None,
+        trace: Mapping[str, Any] | None,
+        num_threads: int | None,
+        **plain: Any,
+    ) -> "Settings":
+        """Check them.
+
+        Raises:
+            ConfigurationError: One is not what it should be.
+        """
+        if plain["prompt"] not in ("folded", "full"):
+            raise ConfigurationError(f"prompt={plain['prompt']!r}: expected 'folded' or 'full'.")
+        tracing: TraceConfig = validated(
+            TraceConfig, {"max_failure_rate": MAX_FAILURE_RATE, **(trace or {})}, "trace"
+        )
+        if num_threads is not None:
+            if num_threads < 1:
+                raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
+            actors = min(tracing.actors, num_threads)
+            spread = {"actors": actors, "concurrency": num_threads // actors}
+            tracing = tracing.model_copy(update=spread)
+        sizes = validated(ScratchConfig, scratch or {}, "scratch")
+        return cls(scratch=sizes, trace=tracing, **plain)
+
+
+def check_program(student: Any) -> None:
+    """A program has something to fine-tune."""
+    check_module("student", student)
+    if not student.predictors():
+        raise ConfigurationError(f"{type(student).__name__} has no predictors to fine-tune.")
+
+
+def check_module(name: str, program: Any) -> None:
+    """A program is one; ``name`` is what the error calls it."""
+    if not isinstance(program, dspy.Module):
+        raise ConfigurationError(
+            f"{name} is a {type(program).__name__}; expected a dspy.Module, that is an instance "
+            "and not the class."
+        )
+
+
+def check_metric(metric: Any) -> None:
+    """A metric takes an example, a prediction and a trace; None is fine."""
+    if metric is None:
+        return
+    try:
+        inspect.signature(metric).bind(None, None, None)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"metric: expected a function (example, prediction, trace=None): {error}."
+        ) from None
+    except ValueError:
+        return  # A builtin does not say what it takes.
+
+
+def check_examples(name: str, examples: Any, programs: Sequence[dspy.Module]) -> None:
+    """Examples say what their inputs are, and every program takes these."""
+    checked: set[tuple[str, ...]] = set()
+    for number, example in enumerate(examples):
+        if not isinstance(example, dspy.Example):
+            raise ConfigurationError(
+                f"{name}[{number}] is a {type(example).__name__}; expected a dspy.Example."
+            )
+        try:
+            inputs = tuple(example.inputs().keys())
+        except ValueError:
+            raise ConfigurationError(
+                f"{name}[{number}] does not say which of its fields are inputs. Call "
+                ".with_inputs(...) on it."
+            ) from None
+        if inputs not in checked:
+            checked.add(inputs)
+            for program in programs:
+                check_inputs(program, inputs, f"{name}[{number}].inputs()")
+
+
+def structural(student: dspy.Module, teacher: dspy.Module | None) -> dspy.Module:
+    """The teacher; the student where there is none."""
+    if teacher is not None:
+        check_module("teacher", teacher)
+    try:
+        return prepare_teacher(student, teacher)
+    except AssertionError as error:
+        raise ConfigurationError(f"teacher: does not fit the student: {error}.") from None

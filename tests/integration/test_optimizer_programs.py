@@ -1,0 +1,401 @@
+"""What the optimizer trains on, for each shape that programs take: every row, and no other.
+
+The rows are ours in full, as a user gets them by default: what the student will be asked,
+and what the teacher answered.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import dspy
+import pytest
+import ray
+from dspy.teleprompt import BootstrapFewShot
+
+from examples.standin_teacher import serve_in_background
+from tests import optimizer_programs as programs
+from tests.optimizing import TYPED, Oracle, compile_rows, in_order, make_lm, ours, row, texts
+from tests.programs import Sentiment, TwoSteps
+from tests.runs import ROOT, environment, mood_of
+
+pytestmark = [pytest.mark.integration, pytest.mark.dspy]
+
+DAYS = texts("sunny day 1", "grey day 2", "it was cold")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def oracle():
+    return Oracle()
+
+
+@pytest.fixture
+def server(oracle):
+    with serve_in_background(oracle) as server:
+        yield server
+
+
+@pytest.fixture
+def lm(server):
+    return make_lm(server)
+
+
+def trained(folder, student, examples, *, lm=None, teacher=None, **options):
+    """The rows of each fine-tuning, by its key."""
+    if lm:
+        student.set_lm(lm)
+    jobs = compile_rows(ours(folder, **options), student, examples, teacher=teacher)
+    return {key: in_order(job["train_data"]) for key, job in jobs.items()}
+
+
+def only(jobs):
+    (job,) = jobs.values()
+    return job
+
+
+class Calls:
+    """The rows of the calls that are written down here."""
+
+    def __init__(self, program):
+        self._predictors = dict(program.named_predictors())
+        self._rows = {name: [] for name in self._predictors}
+
+    def add(self, name, inputs, **outputs):
+        self._rows[name].append(row(self._predictors[name], inputs, outputs))
+
+    def of(self, *names):
+        return in_order(row for name in names or self._rows for row in self._rows[name])
+
+
+def pipeline_calls(program, examples):
+    calls = Calls(program)
+    for text in (example.text for example in examples):
+        inputs = {"text": text, "mood": mood_of(text)}
+        said = f"({text}, {inputs['mood']})"
+        calls.add("judge", {"text": text}, mood=inputs["mood"])
+        calls.add("answer.predict", inputs, reasoning=f"reasoning{said}", reply=f"reply{said}")
+    return calls
+
+
+def test_one_lm_learns_all_predictors(tmp_path, lm):
+    found = trained(tmp_path, programs.Pipeline(), DAYS, lm=lm)
+    assert found == {(lm, None): pipeline_calls(programs.Pipeline(), DAYS).of()}
+
+
+def test_without_multitask_each_predictor_is_learned_alone(tmp_path, lm):
+    calls = pipeline_calls(programs.Pipeline(), DAYS)
+    found = trained(tmp_path, programs.Pipeline(), DAYS, lm=lm, multitask=False)
+    assert found == {(lm, 0): calls.of("judge"), (lm, 1): calls.of("answer.predict")}
+
+
+@pytest.mark.parametrize("multitask", [True, False])
+def test_predictors_may_have_lms_of_their_own(tmp_path, server, multitask):
+    student = programs.Pipeline()
+    lms = [make_lm(server, name) for name in ("small", "large")]
+    for predictor, lm in zip(student.predictors(), lms, strict=True):
+        predictor.lm = lm
+    calls = pipeline_calls(student, DAYS)
+    found = trained(tmp_path, student, DAYS, multitask=multitask)
+    if multitask:
+        assert found == dict.fromkeys([(lm, None) for lm in lms], calls.of())
+    else:
+        assert found == {
+            (lms[0], 0): calls.of("judge"),
+            (lms[1], 1): calls.of("answer.predict"),
+        }
+
+
+def test_the_teacher_may_come_from_dspys_settings(tmp_path, server):
+    with dspy.context(lm=make_lm(server)):
+        found = trained(tmp_path, programs.Pipeline(), DAYS, student_model="scratch")
+    ((student, _),) = found
+    assert student.model == "raydistill/scratch"
+    assert only(found) == pipeline_calls(programs.Pipeline(), DAYS).of()
+
+
+@pytest.mark.parametrize("multitask", [True, False])
+def test_forty_predictors_called_in_any_order_get_their_own_rows(tmp_path, lm, multitask):
+    examples = texts(*(f"text {number}" for number in range(12)))
+    calls = Calls(programs.Many())
+    for text in (example.text for example in examples):
+        for index in programs.Many.order(text):
+            calls.add(f"steps[{index}]", {"text": text}, **{f"out{index}": f"out{index}({text})"})
+    assert len(calls.of()) == 12 * 30
+    found = trained(tmp_path, programs.Many(), examples, lm=lm, multitask=multitask)
+    if multitask:
+        assert found == {(lm, None): calls.of()}
+    else:
+        assert found == {(lm, n): calls.of(f"steps[{n}]") for n in range(40)}
+
+
+@pytest.mark.parametrize("multitask", [True, False])
+def test_each_turn_of_a_loop_is_a_row(tmp_path, lm, multitask):
+    calls = Calls(programs.TenSteps())
+    for text in (example.text for example in DAYS):
+        for number in range(10):
+            inputs = {"number": str(number), "text": text}
+            text = f"next({number}, {text})"
+            calls.add("step", inputs, next=text)
+        calls.add("polish", {"draft": text}, final=f"final({text})")
+    assert len(calls.of("step")) == 10 * len(DAYS)
+    found = trained(tmp_path, programs.TenSteps(), DAYS, lm=lm, multitask=multitask)
+    if multitask:
+        assert found == {(lm, None): calls.of()}
+    else:
+        assert found == {(lm, 0): calls.of("polish"), (lm, 1): calls.of("step")}
+
+
+def test_a_branch_that_was_not_taken_gives_no_row(tmp_path, lm):
+    examples = texts("sunny,grey", "cold", "foggy,rainy,cold")
+    calls = Calls(programs.Branching())
+    for text in (example.text for example in examples):
+        for part in text.split(","):
+            calls.add("judge", {"text": part}, mood=mood_of(part))
+    calls.add("praise", {"text": "sunny,grey"}, compliment="compliment(sunny,grey)")
+    for text in ("cold", "foggy,rainy,cold"):
+        calls.add("deny", {"text": text}, denial=f"denial({text})")
+    found = trained(tmp_path, programs.Branching(), examples, lm=lm, multitask=False)
+    assert found == {(lm, n): calls.of(name) for n, name in enumerate(["deny", "praise", "judge"])}
+
+
+def test_modules_are_found_in_lists_dicts_and_modules(tmp_path, lm):
+    names = {
+        "listed[0].think.predict": "first",
+        "listed[1].think.predict": "second",
+        "named['left'].think.predict": "third",
+        "named['right']": "fourth",
+        "deep.think.predict": "fifth",
+        "deep.helper.think.predict": "sixth",
+    }
+    calls = Calls(programs.Nested())
+    for name, output in names.items():
+        thought = {} if output == "fourth" else {"reasoning": "reasoning(cold)"}
+        calls.add(name, {"text": "cold"}, **thought, **{output: f"{output}(cold)"})
+    student = programs.Nested()
+    found = trained(tmp_path, student, texts("cold"), lm=lm, multitask=False)
+    order = [name for name, _ in student.named_predictors()]
+    assert found == {(lm, n): calls.of(name) for n, name in enumerate(order)}
+
+
+def test_answers_keep_their_types(tmp_path):
+    oracle = Oracle(**TYPED)
+    with serve_in_background(oracle) as server:
+        calls = Calls(programs.Typed())
+        for text in (example.text for example in DAYS):
+            person = programs.Person(name=text, age=7, nicknames=["<b>"])
+            told = {"tags": text.split(), "person": person}
+            rest = {"count": len(text), "sure": True, "rest": {"half": 0.5}}
+            calls.add("extract", {"text": text}, mood=mood_of(text), **told, **rest)
+            said = json.dumps(person.model_dump()), json.dumps(text.split())
+            calls.add("greet", told, greeting=f"greeting({', '.join(said)})")
+        found = trained(tmp_path, programs.Typed(), DAYS, lm=make_lm(server), metric=is_typed)
+    assert only(found) == calls.of()
+
+
+def is_typed(example, prediction, trace=None):
+    return prediction.person.age == prediction.count - len(example.text) + 7
+
+
+def test_an_agents_turns_are_rows_those_after_a_failing_tool_too(tmp_path):
+    def has_looked(inputs):
+        # A trajectory is laid out as fields are.
+        return "observation_0" in inputs
+
+    oracle = Oracle(
+        next_thought=lambda inputs: "done" if has_looked(inputs) else "look it up",
+        next_tool_name=lambda inputs: "finish" if has_looked(inputs) else "lookup",
+        next_tool_args=lambda inputs: (
+            "{}" if has_looked(inputs) else json.dumps({"city": inputs["question"]})
+        ),
+    )
+    examples = [dspy.Example(question=q).with_inputs("question") for q in ("Rome", "Atlantis")]
+    with serve_in_background(oracle) as server:
+        student, lm = programs.agent(), make_lm(server)
+        jobs = compile_rows(*agents(tmp_path, student, lm), examples)
+    rows = {key: [each["messages"] for each in job["train_data"]] for key, job in jobs.items()}
+    assert [len(each) for each in rows.values()] == [4, 2]
+    # What was learned from is what was asked, word for word.
+    asked = [messages[:-1] for each in rows.values() for messages in each]
+    assert sorted(map(json.dumps, asked)) == sorted(map(json.dumps, oracle.prompts))
+    turns, ends = (
+        ["\n".join(message["content"] for message in messages[1:]) for messages in each]
+        for each in rows.values()
+    )
+    assert sum("Rome is sunny" in turn for turn in turns) == 1
+    assert sum("no such city" in turn for turn in turns) == 1
+    assert all("observation_1" in end for end in ends)
+
+
+def agents(folder, student, lm):
+    student.set_lm(lm)
+    return ours(folder, multitask=False), student
+
+
+@pytest.mark.parametrize("configured", [True, False], ids=["dspy.Retrieve", "a function"])
+def test_what_a_retriever_found_is_in_the_rows(tmp_path, lm, configured):
+    def find(question):
+        return [passage.long_text for passage in programs.search(question, k=2)]
+
+    questions = ("sun on Monday", "fog")
+    examples = [dspy.Example(question=q).with_inputs("question") for q in questions]
+    student = programs.Rag() if configured else programs.Rag(find)
+    calls = Calls(programs.Rag())
+    for question in questions:
+        context = find(question)
+        said = f"({json.dumps(context)}, {question})"
+        outputs = {"reasoning": f"reasoning{said}", "answer": f"answer{said}"}
+        calls.add("answer.predict", {"context": context, "question": question}, **outputs)
+    with dspy.context(rm=programs.search if configured else None):
+        found = trained(tmp_path, student, examples, lm=lm)
+    assert only(found) == calls.of()
+
+
+def test_a_program_may_only_have_aforward(tmp_path, lm):
+    calls = pipeline_calls(programs.Pipeline(), DAYS)
+    found = trained(tmp_path, programs.AsyncSteps(), DAYS, lm=lm)
+    assert only(found) == calls.of()
+
+
+def test_calls_made_side_by_side_are_all_rows(tmp_path, lm):
+    examples = texts("sunny,grey", "cold", "foggy,warm,cold,clear")
+    calls = Calls(programs.Fanned())
+    for text in (example.text for example in examples):
+        moods = [mood_of(part) for part in text.split(",")]
+        for part, mood in zip(text.split(","), moods, strict=True):
+            calls.add("judge", {"text": part}, mood=mood)
+        said = " ".join(moods)
+        calls.add("answer", {"moods": said}, reply=f"reply({said})")
+    found = trained(tmp_path, programs.Fanned(), examples, lm=lm, multitask=False)
+    assert found == {(lm, 0): calls.of("judge"), (lm, 1): calls.of("answer")}
+
+
+def few_shot(program, lm):
+    """The program with demos that DSPy has found for it."""
+    program.set_lm(lm)
+    optimizer = BootstrapFewShot(max_bootstrapped_demos=2, max_labeled_demos=0)
+    program = optimizer.compile(program, trainset=texts("warm day 8", "foggy day 9"))
+    program.set_lm(lm)
+    return program
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_prompt_optimised_teacher_is_asked_with_its_demos(tmp_path, oracle, lm, strict):
+    teacher = few_shot(TwoSteps(), lm)
+    for predictor in teacher.predictors():
+        predictor.signature = predictor.signature.with_instructions("Think twice.")
+    assert all(predictor.demos for predictor in teacher.predictors())
+    before = len(oracle.prompts)
+    found = trained(tmp_path, TwoSteps(), DAYS, lm=lm, teacher=teacher, strict_compat=strict)
+    asked = oracle.prompts[before:]
+    assert {prompt[0]["content"].rpartition(" ")[2] for prompt in asked} == {"twice."}
+    assert {len(prompt) for prompt in asked} == {2 + 2 * 2}
+    # A student is asked in its own words, unless all is to be as in DSPy.
+    calls = Calls(teacher if strict else TwoSteps())
+    for text in (example.text for example in DAYS):
+        inputs = {"text": text, "mood": mood_of(text)}
+        calls.add("judge", {"text": text}, mood=inputs["mood"])
+        calls.add("answer", inputs, reply=f"reply({text}, {inputs['mood']})")
+    assert only(found) == calls.of()
+
+
+@pytest.mark.parametrize("exclude_demos", [True, False])
+def test_a_students_demos_are_in_its_rows_unless_left_out(tmp_path, lm, exclude_demos):
+    student = few_shot(TwoSteps(), lm)
+    found = trained(tmp_path, student, DAYS, exclude_demos=exclude_demos)
+    kept = 0 if exclude_demos else 2
+    assert {len(predictor.demos) for predictor in student.predictors()} == {kept}
+    assert {len(json.loads(each)["messages"]) for each in only(found)} == {2 + 2 * kept + 1}
+
+
+def test_each_of_several_teachers_gives_its_rows(tmp_path, oracle, lm, server):
+    teachers = [dspy.Predict(Sentiment), None, dspy.Predict(Sentiment)]
+    for teacher, name in ((teachers[0], "one"), (teachers[2], "two")):
+        teacher.set_lm(make_lm(server, name))
+    student = dspy.Predict(Sentiment)
+    found = trained(tmp_path, student, [*DAYS, DAYS[0]], lm=lm, teacher=teachers)
+    calls = Calls(student)
+    for text in (example.text for example in 3 * [*DAYS, DAYS[0]]):
+        calls.add("self", {"text": text}, mood=mood_of(text))
+    assert only(found) == calls.of()
+    assert oracle.calls == 3 * len(DAYS)
+
+
+SCRIPT = """
+import sys
+import dspy
+from tests.optimizing import compile_rows, make_lm, ours, texts
+
+class Mood(dspy.Signature):
+    "Judge."
+    text: str = dspy.InputField()
+    mood: str = dspy.OutputField()
+
+class Server:
+    api_base = sys.argv[1]
+
+class Program(dspy.Module):
+    def __init__(self, shout):
+        super().__init__()
+        self.shout = shout
+        self.judge = dspy.Predict(Mood)
+
+    def forward(self, text):
+        return self.judge(text=self.shout(text))
+
+def metric(gold, pred, trace=None):
+    with open(asked, "a") as file:
+        file.write(gold.text + chr(10))
+    return wanted in gold.text
+
+if __name__ == "__main__":
+    wanted, asked = "day", sys.argv[3]
+    program = Program(lambda text: text + "!")
+    program.set_lm(make_lm(Server))
+    optimizer = ours(sys.argv[2], metric=lambda gold, pred, trace=None: metric(gold, pred))
+    (job,) = compile_rows(optimizer, program, texts("sunny day", "cold")).values()
+    (row,) = job["train_data"]
+    print([message["content"] for message in row["messages"][1:]])
+"""
+
+# A notebook keeps the source of its cells where this process finds it, and no other.
+NOTEBOOK = f"""
+import linecache
+cell = {SCRIPT!r}
+linecache.cache["<cell>"] = (len(cell), None, cell.splitlines(True), "<cell>")
+exec(compile(cell, "<cell>", "exec"))
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, NOTEBOOK], ids=["a script", "a notebook"])
+def test_programs_metrics_and_lambdas_may_be_defined_in_main(tmp_path, server, script):
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    asked = tmp_path / "asked.txt"
+    address = ray.get_runtime_context().gcs_address
+    process = subprocess.run(
+        [sys.executable, str(path), server.api_base, str(tmp_path / "runs"), str(asked)],
+        cwd=tmp_path,
+        env={
+            **environment(),
+            "PYTHONPATH": str(ROOT),
+            "RAY_ADDRESS": address,
+            # A Ray that was started by ray.init() asks for its token.
+            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "sunny day!" in process.stdout
+    assert "[[ ## mood ## ]]\\ngood" in process.stdout
+    # The metric may be a judge that has to be paid, so each example is scored once.
+    assert sorted(asked.read_text().splitlines()) == ["cold", "sunny day"]
