@@ -6,7 +6,7 @@ A thin shell: what may be called when is ``limiter``; asking in batches is ``gat
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -23,10 +23,16 @@ SILENT_S = 15.0
 
 
 class Governor:
-    """Answers the reports of all processes of a run."""
+    """Answers the reports of all processes of a run.
 
-    def __init__(self, bounds: Bounds) -> None:
+    Args:
+        bounds: Those of the first job.
+        clock: Tells seconds.
+    """
+
+    def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = Limiter(bounds)
+        self._clock = clock
         self._held: dict[str, set[int]] = {}
         self._seen: dict[str, float] = {}
 
@@ -36,7 +42,7 @@ class Governor:
 
     def exchange(self, report: Report) -> Reply:
         """Take note of what a process says, and answer its asks."""
-        now = time.monotonic()
+        now = self._clock()
         held = self._held.setdefault(report.holder, set())
         self._seen[report.holder] = now
         for permit_id, outcome in report.outcomes:

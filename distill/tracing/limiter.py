@@ -134,9 +134,11 @@ class Limiter:
         return Permit(call.id, self._outages)
 
     def finish(self, now: float, permit_id: int, outcome: Outcome) -> None:
-        """Say that a call is over; one that is over already is passed by."""
+        """Say that a call is over."""
         call = self._calls.get(permit_id)
         if call is None:
+            # Whoever made it was taken to be dead; it was paid all the same.
+            self.spent_usd += outcome.cost_usd or 0.0
             return
         self._advance(now)
         self._arrive(call, min(now, call.since + TRAVEL_S))

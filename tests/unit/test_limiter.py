@@ -284,10 +284,10 @@ def test_another_job_has_its_own_budget_and_the_same_minute():
     permitted(limits, 62)
 
 
-def test_what_is_over_may_be_said_twice():
-    limits = limiter()
+def test_a_call_that_was_given_up_for_lost_is_paid_all_the_same():
+    limits = limiter(budget_usd=1.0)
     permit = permitted(limits, 0)
-    for _ in range(2):
-        limits.finish(1, permit.id, answered())
-        limits.give_back(1, permit.id)
+    limits.give_back(9, permit.id)
+    limits.finish(10, permit.id, answered(1, 2.0))
     assert limits.in_flight == 0
+    assert limits.ask(10, ASK) is Stop.BUDGET
