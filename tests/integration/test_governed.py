@@ -22,7 +22,7 @@ from distill.tracing.trace import METRIC
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
 from serve.errors import BudgetExceeded, TracingError
 from tests import programs
-from tests.runs import MoodTeacher
+from tests.runs import MoodTeacher, RunFolder
 
 pytestmark = pytest.mark.integration
 
@@ -33,7 +33,7 @@ PRICES = {MODEL: Price(10.0, 20.0)}
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     os.environ["OPENAI_API_KEY"] = "not-a-key"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -165,6 +165,21 @@ def test_the_budget_is_passed_by_no_more_than_the_calls_in_flight(tmp_path):
         collect(job(server, tmp_path, 100, programs.TwoSteps()), ignore)
         done = [trace for trace in traces_of(bounded) if not trace.failure]
         assert len(done) == 100
+
+
+def test_the_command_stops_at_the_budget_with_code_3_and_goes_on_with_more(tmp_path):
+    teacher = Moody()
+    prices = {"prices": {MODEL: {"input": 10.0, "output": 20.0}}}
+    with serve_in_background(teacher) as server:
+        folder = RunFolder(tmp_path, server.api_base, {"trace": {"concurrency": 4, **prices}})
+        stopped = folder.raydistill("trace", "trace.budget_usd=0.05")
+        assert stopped.returncode == 3, stopped.stdout
+        assert "trace.budget_usd=0.05" in stopped.stdout
+        replies = teacher.said["reply"]
+        assert 0 < replies < 60
+        finished = folder.raydistill("trace", "trace.budget_usd=5")
+        assert finished.returncode == 0, finished.stdout
+        assert teacher.said["reply"] == 60
 
 
 def test_a_model_that_is_not_there_stops_the_run_at_once(tmp_path):

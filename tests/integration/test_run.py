@@ -69,6 +69,13 @@ def test_the_report_holds_what_was_measured(finished):
     assert report["tracing"]["examples"] == report["tracing"]["kept"] == 60
     assert report["tracing"]["teacher_calls"] == 120
     assert report["tracing"]["cost_usd"] is None
+    by_predictor = report["tracing"]["by_predictor"]
+    assert {name: usage["calls"] for name, usage in by_predictor.items()} == {
+        "judge": 60,
+        "answer": 60,
+    }
+    tokens = sum(usage["prompt_tokens"] for usage in by_predictor.values())
+    assert tokens == report["tracing"]["prompt_tokens"] > 0
     assert report["training"]["steps"] > 0
     assert report["training"]["seconds"] > 0
     assert report["folding"]["rows_folded"] == 120
