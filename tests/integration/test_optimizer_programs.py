@@ -244,7 +244,8 @@ def test_a_program_may_only_have_aforward(tmp_path, lm):
 
 
 def test_calls_made_side_by_side_are_all_rows(tmp_path, lm):
-    examples = texts("sunny,grey", "cold", "foggy,warm,cold,clear")
+    # Many, since several examples are in flight, each of them side by side within.
+    examples = texts(*(f"sunny {number},grey {number},cold {number}" for number in range(24)))
     calls = Calls(programs.Fanned())
     for text in (example.text for example in examples):
         moods = [mood_of(part) for part in text.split(",")]
