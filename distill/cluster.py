@@ -9,6 +9,7 @@ import ray
 from serve.cluster import connect
 
 WORKERS_START_S = 600
+REPORTS_EVERY_S = 0.2
 
 
 @contextlib.contextmanager
@@ -23,11 +24,13 @@ def connected(*, log_to_driver: bool = False) -> Iterator[None]:
     Raises:
         ConfigurationError: ``RAY_ADDRESS`` names a cluster that does not answer.
     """
+    # Ray Train gives up after a minute, which nodes that have to be started first may need.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKERS_START_S))
+    # It looks for what workers report every two seconds, for which a small student's epochs wait.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(REPORTS_EVERY_S))
     if ray.is_initialized():
         yield
         return
-    # Ray Train gives up after a minute, which nodes that have to be started first may need.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKERS_START_S))
     connect(log_to_driver=log_to_driver)
     try:
         yield

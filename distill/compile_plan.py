@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import dspy
+from dspy.clients.lm_local import LocalProvider
 
 from distill import preflight
 from distill.compile_checks import (
@@ -105,7 +106,7 @@ class Plan:
         trace = preflight.fitted_actors(self.trace)
         preflight.check_actors(trace)
         for group in self.groups:
-            if _trains_here(group.lm):
+            if trains_here(group.lm):
                 train = parse_train_kwargs(group.train_kwargs, SCRATCH).train
                 preflight.check_workers(preflight.fitted_workers(train))
         return replace(self, trace=trace)
@@ -194,7 +195,7 @@ def _make_groups(
     settings = optimizer.settings
     name = settings.name or type(student).__name__
     # Students of ours that a program has already go on from where they are.
-    own = all(_trains_here(predictor.lm) for predictor in student.predictors())
+    own = all(trains_here(predictor.lm) for predictor in student.predictors())
     shared = None
     if settings.student_model and not own:
         shared = _student_lm(settings, settings.student_model, name)
@@ -220,7 +221,8 @@ def _make_groups(
     return groups, keys
 
 
-def _trains_here(lm: Any) -> bool:
+def trains_here(lm: Any) -> bool:
+    """Whether it is raydistill that would fine-tune the LM."""
     return isinstance(getattr(lm, "provider", None), RayProvider)
 
 
@@ -264,7 +266,13 @@ def _check_finetunable(optimizer: "RayBootstrapFinetune", group: Group, predicto
             'it. Give the optimizer a student_model, such as "scratch", or the predictors an LM '
             "whose provider does."
         )
-    if _trains_here(group.lm):
+    if isinstance(provider, LocalProvider):
+        raise ConfigurationError(
+            f"The LM of {predictor}, {group.lm.model}, has DSPy's LocalProvider, which does not "
+            "run with current releases of its libraries. Give the LM provider=RayProvider(), or "
+            "the optimizer a student_model."
+        )
+    if trains_here(group.lm):
         full = group.folding is None or group.folding.unfoldable
         blank = check_renderable(group.prompts, group.adapter) if full else ()
         provider.check(group.lm.finetuning_model or group.lm.model, group.train_kwargs, blank)

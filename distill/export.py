@@ -88,10 +88,12 @@ def program_state(program: dspy.Module, exclude_demos: bool = False) -> dict[str
     Returns:
         None where the state has no JSON form.
     """
-    state: dict[str, Any] = program.dump_state()
-    for predictor in [state] if isinstance(program, dspy.Predict) else state.values():
+    # Not the program's own, which fails on a dspy.Retrieve: no predictor, but a parameter.
+    states = {name: predictor.dump_state() for name, predictor in program.named_predictors()}
+    for predictor in states.values():
         predictor["lm"] = None
         predictor["demos"] = [] if exclude_demos else predictor["demos"]
+    state: dict[str, Any] = states["self"] if isinstance(program, dspy.Predict) else states
     state["metadata"] = {"dependency_versions": get_dependency_versions()}
     try:
         json.dumps(state)

@@ -17,7 +17,7 @@ from dspy.teleprompt import BootstrapFinetune
 
 from distill import cluster, summary
 from distill.compile_checks import Settings
-from distill.compile_plan import Key, Plan, make_plan
+from distill.compile_plan import Key, Plan, make_plan, trains_here
 from distill.compile_rows import Traces, make_training_rows
 from distill.evaluation.evaluate import paid_by_job, scored_traces
 from distill.progress import ProgressReporter
@@ -198,7 +198,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
 def _free(student: dspy.Module) -> None:
     """Take down what was launched for the LMs that are to be replaced."""
     for predictor in student.predictors():
-        if hasattr(predictor.lm, "kill"):
+        if trains_here(predictor.lm):
             predictor.lm.kill()
 
 

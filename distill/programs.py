@@ -151,13 +151,14 @@ def check_inputs(program: dspy.Module, inputs: Sequence[str], setting: str = "da
         ) from None
     # DSPy's own modules take whatever comes and hand it to their one predictor.
     if _is_dspys(type(program)) and len(program.predictors()) == 1:
-        fields = program.predictors()[0].signature.input_fields
-        missing = [name for name, info in fields.items() if info.is_required()]
-        missing = [name for name in missing if name not in inputs]
-        if missing:
+        signature = program.predictors()[0].signature
+        fields = signature.input_fields.items()
+        missing = [name for name, info in fields if info.is_required() and name not in inputs]
+        answers = [name for name in inputs if name in signature.output_fields]
+        if missing or answers:
             raise ConfigurationError(
-                f"{setting}={list(inputs)} does not fit the program's signature, which needs "
-                f"{', '.join(missing)} as well."
+                f"{setting}={list(inputs)} does not fit the program's signature, whose inputs are "
+                f"{list(signature.input_fields)}."
             )
 
 

@@ -128,7 +128,8 @@ def load_program(student_dir: str | os.PathLike[str]) -> "dspy.Module":
     try:
         # The factory may hand out an object that others use as well.
         program = program.deepcopy()
-        program.load_state(state)
+        for name, predictor in program.named_predictors():
+            predictor.load_state(state if predictor is program else state[name])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(name for name, _ in program.named_predictors())
         raise StudentError(

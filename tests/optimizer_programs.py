@@ -159,6 +159,19 @@ class Nested(dspy.Module):
         )
 
 
+class Twins(dspy.Module):
+    """One predictor was made from the other, and both are copied before they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = dspy.Predict("text -> better")
+        self.second = self.first.deepcopy()
+
+    def forward(self, text):
+        text = self.first.deepcopy()(text=text).better
+        return self.second.deepcopy()(text=text)
+
+
 class Fanned(dspy.Module):
     """Asks one predictor several things side by side."""
 

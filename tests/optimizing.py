@@ -6,6 +6,7 @@ Training is left out at DSPy's own seam, ``finetune_lms``, by DSPy's own class a
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,3 +116,57 @@ def row(predictor: dspy.Predict, inputs: Inputs, outputs: Mapping[str, Any]) -> 
 def in_order(rows: list[dict[str, Any]]) -> list[str]:
     """Rows in an order that does not depend on how they were shuffled, as text."""
     return sorted(json.dumps(row) for row in rows)
+
+
+def trained(
+    folder: Any,
+    student: dspy.Module,
+    examples: list[dspy.Example],
+    *,
+    lm: Any = None,
+    teacher: Any = None,
+    **options: Any,
+) -> dict[Any, list[str]]:
+    """The rows of each fine-tuning that ours starts, by its key, in ``in_order``."""
+    if lm:
+        student.set_lm(lm)
+    jobs = compile_rows(ours(folder, **options), student, examples, teacher=teacher)
+    return {key: in_order(job["train_data"]) for key, job in jobs.items()}
+
+
+def only(jobs: Mapping[Any, Any]) -> Any:
+    """What the one key of the jobs has."""
+    (job,) = jobs.values()
+    return job
+
+
+class Calls:
+    """The rows that calls of a program's predictors should become, written down one by one."""
+
+    def __init__(self, program: dspy.Module) -> None:
+        self._predictors = dict(program.named_predictors())
+        self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in self._predictors}
+
+    def add(self, name: str, inputs: Inputs, **outputs: Any) -> None:
+        """A predictor was called, and answered."""
+        self._rows[name].append(row(self._predictors[name], inputs, outputs))
+
+    def of(self, *names: str) -> list[str]:
+        """The rows of these predictors, or of all, in ``in_order``."""
+        return in_order([row for name in names or self._rows for row in self._rows[name]])
+
+
+def calls_of(function: Callable[[], Any]) -> int:
+    """How many functions this thread calls meanwhile."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls

@@ -25,6 +25,7 @@ from transformers import (
 
 from distill.config import SCRATCH, ScratchConfig
 from distill.training.encoding import Conversation, encode, end_of_turn_id
+from serve.engines.quiet import no_progress_bars
 from serve.errors import ConfigurationError, TrainingError
 from serve.files import local_folder
 from serve.models import CHAT_TEMPLATE
@@ -71,7 +72,8 @@ def make_scratch(
         model = LlamaForCausalLM(config)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

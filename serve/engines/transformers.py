@@ -19,6 +19,7 @@ from serve.engines.base import ChatRequest, ChatResult, RequestError
 from serve.engines.batches import plan_batches
 from serve.engines.grammar import Grammars
 from serve.engines.prompts import encode_prompt
+from serve.engines.quiet import no_progress_bars
 from serve.errors import StudentError
 from serve.folding import Folding
 from serve.student import MANIFEST, Manifest
@@ -168,9 +169,10 @@ def _load(
 ) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, local_files_only=True, use_safetensors=True, dtype=_dtype(device)
-        )
+        with no_progress_bars():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                model_dir, local_files_only=True, use_safetensors=True, dtype=_dtype(device)
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise StudentError(
             f"{model_dir}: cannot be loaded as a model ({error}). Expected config.json, "

@@ -5,7 +5,6 @@ Where a release of DSPy has mended one, only ours is asked.
 
 import inspect
 import re
-import sys
 import threading
 
 import dspy
@@ -19,7 +18,17 @@ from distill import RayProvider
 from examples.standin_teacher import serve_in_background
 from serve.errors import ConfigurationError, TracingError
 from tests.optimizer_programs import Backwards
-from tests.optimizing import Oracle, compile_rows, in_order, make_lm, ours, row, texts
+from tests.optimizing import (
+    Oracle,
+    calls_of,
+    compile_rows,
+    in_order,
+    make_lm,
+    only,
+    ours,
+    row,
+    texts,
+)
 from tests.programs import Raising, Sentiment
 
 pytestmark = [pytest.mark.integration, pytest.mark.dspy]
@@ -63,11 +72,6 @@ def mood_rows(oracle, examples):
         row(asked, {"text": example.text}, {"mood": oracle.answer("mood", example)})
         for example in examples
     )
-
-
-def only(jobs):
-    (job,) = jobs.values()
-    return job
 
 
 def test_1_an_example_that_raises_costs_that_example(tmp_path, oracle, lm):
@@ -292,19 +296,3 @@ def test_8_the_work_of_a_compile_grows_with_its_examples(tmp_path, lm, monkeypat
 
     assert work(600) < 2.5 * work(300)
     assert max(in_flight) <= 8
-
-
-def calls_of(function):
-    """How many functions this thread calls meanwhile."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
