@@ -18,7 +18,7 @@ from distill.datasets import distinct
 from distill.programs import Task, carried_settings, check_inputs
 from distill.provider import RayProvider, validated
 from distill.rows import Prompts, check_renderable, predictor_prompts
-from distill.tracing.collect import LmSpec
+from distill.tracing.actor import LmSpec
 from distill.tracing.limits import MIN_SAMPLE
 from distill.train_kwargs import parse_train_kwargs
 from serve.dspy_lm import lm_identity, model_name
@@ -66,7 +66,7 @@ class Settings:
             TraceConfig, {"max_failure_rate": MAX_FAILURE_RATE, **(trace or {})}, "trace"
         )
         if num_threads:
-            actors = min(tracing.actors, num_threads)
+            actors = min(tracing.max_actors, num_threads)
             spread = {"actors": actors, "concurrency": -(-num_threads // actors)}
             tracing = tracing.model_copy(update=spread)
         sizes = validated(ScratchConfig, scratch or {}, "scratch")

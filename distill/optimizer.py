@@ -8,6 +8,7 @@ them to each LM's provider and puts the students in place: the stages of ``pipel
 DSPy's own face. What there is to do is decided in ``compile_plan``.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ from dspy.teleprompt import BootstrapFinetune
 from distill import cluster, summary
 from distill.compile_plan import Key, Plan, Settings, make_plan
 from distill.compile_rows import Traces, make_training_rows
-from distill.evaluation.evaluate import scored_traces
 from distill.progress import ProgressReporter
 from distill.provider import reporting
 from distill.rundir import RunDir
@@ -152,20 +152,26 @@ class RayBootstrapFinetune(BootstrapFinetune):
         """What each teacher did."""
         found: list[Traces] = []
         for teacher in plan.teachers:
-            usage = total_usage([trace.usage for traces in found for trace in traces.values()])
+            runs = [trace.usage for traces in found for runs in traces.values() for trace in runs]
+            spent_usd = total_usage(runs).cost_usd or 0.0
             trace = plan.trace
             job = Collection(
                 task=teacher.task,
                 lm=teacher.lm,
                 examples=[*plan.trainset, *plan.valset],
                 store=TraceStore(directory.join("traces")),
-                actors=trace.actors,
+                actors=trace.min_actors,
+                max_actors=trace.max_actors,
                 concurrency=trace.concurrency,
-                limits=Limits(trace.max_failure_rate, trace.budget_usd, usage.cost_usd or 0.0),
+                limits=Limits(trace.max_failure_rate, trace.budget_usd, spent_usd),
+                samples=trace.samples,
+                hints=trace.hints,
+                threshold=None if trace.keep == "all" else trace.metric_threshold,
             )
             with progress.stage("trace") as stage:
                 collect(job, summary.show_tracing(stage))
-                found.append({trace.example_id: trace for trace in scored_traces(job)})
+                by_example = itertools.groupby(job.traces(), key=lambda trace: trace.example_id)
+                found.append({name: list(runs) for name, runs in by_example})
         return found
 
     def _make_jobs(

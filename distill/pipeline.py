@@ -8,19 +8,24 @@ they call.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dspy
 
-from distill import cluster, export, preflight, summary
+from distill import cluster, export, imports, preflight, summary
 from distill.config import SCRATCH, RunConfig
 from distill.datasets import count_leaks, example_id
 from distill.evaluation.evaluate import (
     for_student,
     run_arm,
-    scored_traces,
     student_lm,
     teacher_lm,
 )
@@ -29,9 +34,11 @@ from distill.finetune import FineTuning, fine_tune
 from distill.preflight import Inputs
 from distill.programs import Task, fingerprint, program_fingerprint
 from distill.progress import ProgressReporter
-from distill.rows import count_rejections, keep, predictor_prompts, render_rows
+from distill.rows import Row, RowCounts, predictor_prompts, stream_rows
 from distill.rundir import RunDir
-from distill.tracing.collect import Collection, LmSpec, collect
+from distill.selection import Selection
+from distill.tracing.actor import LmSpec
+from distill.tracing.collect import Collection, collect
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
 from serve.cluster import capacity
@@ -91,33 +98,51 @@ def trace(run: Run) -> None:
 
 def make_rows(run: Run) -> Rows:
     """Render the traces that are good enough to learn from, as ``rows/*.jsonl``."""
-    task, folding = run.inputs.task, run.inputs.folding
+    task, folding, config = run.inputs.task, run.inputs.folding, run.config.trace
+    selection, counts = Selection(config, has_metric=task.metric is not None), RowCounts()
+    render = functools.partial(
+        stream_rows,
+        prompts=predictor_prompts(task.program),
+        adapter=task.adapter,
+        counts=counts,
+        folding=folding,
+    )
     with run.progress.stage("rows") as stage:
-        traces = scored_traces(_teacher_job(run))
-        if not traces:
-            raise TracingError("There are no traces yet. Run raydistill trace first.")
-        kept = keep(traces, run.config.trace, has_metric=task.metric is not None)
-        rejected = count_rejections(traces, kept)
-        prompts = predictor_prompts(task.program)
-        rows, counts = render_rows(kept, prompts, task.adapter, folding)
-        dev = {example_id(example) for example in run.inputs.dev}
-        split = {
-            "train": [row.to_json() for row in rows if row.example_id not in dev],
-            "val": [row.to_json() for row in rows if row.example_id in dev],
-        }
-        if not split["train"]:
-            raise TracingError(summary.no_rows(traces, rejected))
-        for name, lines in split.items():
-            run.directory.write_jsonl(f"rows/{name}.jsonl", lines)
-        stage.update(1, 1, summary.describe_rows(len(rows), counts, rejected))
+        traced = render(selection.choose(_teacher_job(run).traces()))
+        imported = imports.rows(config.imports, render, counts, folding)
+        identity = _write_rows(run, itertools.chain(traced, imported), selection)
+        stage.update(1, 1, summary.describe_rows(counts, selection))
     return Rows(
         train=run.directory.join("rows/train.jsonl"),
         val=run.directory.join("rows/val.jsonl"),
-        fingerprint=fingerprint(split),
-        outputs=list(dict.fromkeys(name for trace in kept for name in trace.prediction or ())),
-        tracing=summary.tracing_section(run.directory, traces, len(kept), rejected),
+        fingerprint=identity,
+        outputs=list(selection.outputs),
+        tracing=summary.tracing_section(run.directory, selection),
         folding=summary.folding_section(folding, counts),
     )
+
+
+def _write_rows(run: Run, rows: Iterable[Row], selection: Selection) -> str:
+    """Write the rows as they come, and return what names them."""
+    dev = {example_id(example) for example in run.inputs.dev}
+    hashes = {"train": hashlib.sha256(), "val": hashlib.sha256()}
+    written = Counter[str]()
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context(run.directory.writing(f"rows/{name}.jsonl"))
+            for name in hashes
+        }
+        for row in rows:
+            name = "val" if row.example_id in dev else "train"
+            line = json.dumps(row.to_json()) + "\n"
+            files[name].write(line)
+            hashes[name].update(line.encode())
+            written[name] += 1
+        if not selection.traces:
+            raise TracingError("There are no traces yet. Run raydistill trace first.")
+        if not written["train"]:
+            raise TracingError(summary.no_rows(selection))
+    return fingerprint({name: found.hexdigest() for name, found in hashes.items()})
 
 
 def train(run: Run, rows: Rows) -> None:
@@ -204,8 +229,12 @@ def _teacher_job(
 ) -> Collection:
     bounds = run.config.trace
     limits = Limits(bounds.max_failure_rate, bounds.budget_usd, spent_usd)
-    chosen = [*run.inputs.train, *run.inputs.dev] if examples is None else examples
-    return _job(run, run.inputs.task, teacher_lm(run.config.teacher.lm), chosen, limits)
+    lm = teacher_lm(run.config.teacher.lm)
+    if examples is not None:
+        return _job(run, run.inputs.task, lm, examples, limits)
+    job = _job(run, run.inputs.task, lm, [*run.inputs.train, *run.inputs.dev], limits)
+    threshold = None if bounds.keep == "all" else bounds.metric_threshold
+    return dataclasses.replace(job, samples=bounds.samples, hints=bounds.hints, threshold=threshold)
 
 
 def _job(
@@ -213,8 +242,11 @@ def _job(
 ) -> Collection:
     store = TraceStore(run.directory.join("traces"))
     trace = run.config.trace
-    actors = trace.actors
+    smallest, largest = trace.min_actors, trace.max_actors
     if lm.num_gpus:
         # More actors than GPUs would wait for one for ever, and their examples with them.
-        actors = min(actors, int(capacity("GPU") / lm.num_gpus))
-    return Collection(task, lm, examples, store, actors, trace.concurrency, limits)
+        largest = min(largest, int(capacity("GPU") / lm.num_gpus))
+        smallest = min(smallest, largest)
+    return Collection(
+        task, lm, examples, store, smallest, trace.concurrency, limits, max_actors=largest
+    )

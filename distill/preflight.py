@@ -11,7 +11,7 @@ from typing import Any
 
 import dspy
 
-from distill import datasets, programs, rows
+from distill import datasets, imports, programs, rows
 from distill.config import SCRATCH, RunConfig, TraceConfig, TrainConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
@@ -43,6 +43,7 @@ def load(config: RunConfig) -> Inputs:
     _check_teacher(config.teacher.lm)
     task = programs.load_task(config.program, config.metric)
     task.dumps()
+    imports.check(config.trace.imports)
     train, dev = _training_data(config)
     test = datasets.load_examples(config.data.test, config.data)
     programs.check_inputs(task.program, config.data.inputs)
@@ -90,7 +91,7 @@ def check_actors(trace: TraceConfig) -> None:
     Raises:
         ConfigurationError: It cannot.
     """
-    _check_fits("trace.actors", trace.actors, "CPU")
+    _check_fits("trace.actors", trace.min_actors, "CPU")
 
 
 def check_workers(train: TrainConfig) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import dspy
 
-from distill.datasets import example_id
+from distill.datasets import distinct, example_id
 from distill.evaluation.report import ExampleResult
 from distill.programs import Task
-from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
+from distill.tracing.actor import LmSpec
+from distill.tracing.collect import Collection, OnProgress, collect
 from distill.tracing.trace import FailureKind, Trace
-from distill.tracing.tracer import with_current_score
 from serve.batcher import Batcher
 from serve.dspy_lm import CONNECTION, student_adapter
 from serve.dspy_lm import student_lm as answering_lm
@@ -62,21 +62,11 @@ def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
         One result per example, in their order; equal examples share an answer.
     """
     collect(job, on_progress)
-    traces = scored_traces(job)
-    by_id = {trace.example_id: trace for trace in traces}
-    return [_result(by_id[example_id(example)], example) for example in job.examples]
-
-
-def scored_traces(job: Collection) -> list[Trace]:
-    """The traces that the store holds for a job, scored by its metric as it is now."""
-    keys = job.keys()
-    found = job.store.latest(keys)
-    judge = (job.lm.judge or job.lm.make)()
-    return [
-        with_current_score(found[key], example, job.task, judge)
-        for key, example in keys.items()
-        if key in found
-    ]
+    examples = distinct(job.examples)
+    results = {
+        trace.example_id: _result(trace, examples[trace.example_id]) for trace in job.traces()
+    }
+    return [results[example_id(example)] for example in job.examples]
 
 
 def for_student(task: Task) -> Task:

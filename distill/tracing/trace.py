@@ -6,7 +6,7 @@ data, not a crash.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -64,7 +64,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Trace:
-    """One run of a program on one example. ``key`` names example, program and LM at once."""
+    """One run of a program on one example.
+
+    Attributes:
+        key: Names example, program, LM and sample at once.
+        sample: Which of an example's runs it is; 0 is the plain one.
+        hinted: Whether the predictors were told the label.
+    """
 
     key: str
     example_id: str
@@ -74,6 +80,8 @@ class Trace:
     latency_s: float
     score: Score | None = None
     failure: Failure | None = None
+    sample: int = 0
+    hinted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The trace as JSON values."""
@@ -86,6 +94,10 @@ class Trace:
         Raises:
             KeyError, TypeError, ValueError: The record is not one.
         """
+        # Strict, since a damaged name of a field would otherwise go unnoticed.
+        unknown = record.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
         score, failure = record["score"], record["failure"]
         return cls(
             key=record["key"],
@@ -98,6 +110,9 @@ class Trace:
             failure=Failure(**{**failure, "kind": FailureKind(failure["kind"])})
             if failure
             else None,
+            # Stores of before there were samples do not name them.
+            sample=record.get("sample", 0),
+            hinted=record.get("hinted", False),
         )
 
 
