@@ -84,7 +84,7 @@ def _record(where: str, line: str) -> Row | Trace:
         return _chat(where, record["messages"])
     if isinstance(record, dict) and "calls" in record:
         try:
-            return Trace.from_json(record)
+            return Trace.from_json({k: v for k, v in record.items() if k != "rejected"})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"{where}: is not a trace ({type(error).__name__}: {error}). Expected what "

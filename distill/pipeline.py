@@ -93,7 +93,7 @@ def opened(config: RunConfig, progress: ProgressReporter) -> Iterator[Run]:
 def trace(run: Run) -> None:
     """Run the teacher over the trainset; every trace is durable in ``traces/``."""
     with run.progress.stage("trace") as stage, summary.timed(run.directory, "trace"):
-        collect(_teacher_job(run), summary.show_tracing(stage))
+        collect(teacher_job(run), summary.show_tracing(stage))
 
 
 def make_rows(run: Run) -> Rows:
@@ -108,7 +108,7 @@ def make_rows(run: Run) -> Rows:
         folding=folding,
     )
     with run.progress.stage("rows") as stage:
-        traced = render(selection.choose(_teacher_job(run).traces()))
+        traced = render(selection.choose(teacher_job(run).traces()))
         imported = imports.rows(config.imports, render, counts, folding)
         identity = _write_rows(run, itertools.chain(traced, imported), selection)
         stage.update(1, 1, summary.describe_rows(counts, selection))
@@ -206,7 +206,7 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
     config, test = run.config, run.inputs.test
     teacher = teacher_lm(config.teacher.lm)
     num_gpus = 1 if preflight.use_gpu(config.train) else 0
-    jobs = {"teacher": _teacher_job(run, test, spent_usd)}
+    jobs = {"teacher": teacher_job(run, test, spent_usd)}
     models = {"student": (run.directory.join("student"), identity)}
     if config.student.model != SCRATCH:
         models["base"] = (config.student.model, preflight.base_fingerprint(config.student.model))
@@ -224,9 +224,16 @@ def _run_arm(run: Run, name: str, job: Collection) -> list[ExampleResult]:
         return run_arm(job, summary.show_tracing(stage))
 
 
-def _teacher_job(
+def teacher_job(
     run: Run, examples: Sequence[dspy.Example] | None = None, spent_usd: float = 0.0
 ) -> Collection:
+    """The teacher's part: over the examples to learn from, or once over others.
+
+    Args:
+        run: The run.
+        examples: None is those to train and to validate on, with their samples and hints.
+        spent_usd: What the run has spent before.
+    """
     bounds = run.config.trace
     limits = Limits(bounds.max_failure_rate, bounds.budget_usd, spent_usd)
     lm = teacher_lm(run.config.teacher.lm)

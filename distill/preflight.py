@@ -41,10 +41,9 @@ def load(config: RunConfig) -> Inputs:
         ConfigurationError: One of them cannot work.
     """
     _check_teacher(config.teacher.lm)
-    task = programs.load_task(config.program, config.metric)
+    task, train, dev = load_traced(config)
     task.dumps()
     imports.check(config.trace.imports)
-    train, dev = _training_data(config)
     test = datasets.load_examples(config.data.test, config.data)
     programs.check_inputs(task.program, config.data.inputs)
     prompts = rows.predictor_prompts(task.program)
@@ -54,6 +53,17 @@ def load(config: RunConfig) -> Inputs:
         folding = Folding.learn(prompts, task.adapter)
     check_training(config.student.model, config.train, rendered if _any_full(folding) else ())
     return Inputs(task, train, dev, test, folding)
+
+
+def load_traced(
+    config: RunConfig,
+) -> tuple[Task, Sequence[dspy.Example], Sequence[dspy.Example]]:
+    """The program, and the examples that it is traced on: those to train and to validate on.
+
+    Raises:
+        ConfigurationError: One of them cannot be loaded.
+    """
+    return programs.load_task(config.program, config.metric), *_training_data(config)
 
 
 def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messages] = ()) -> None:

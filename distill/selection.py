@@ -28,6 +28,21 @@ def rejection(trace: Trace, config: TraceConfig, has_metric: bool) -> str | None
     return "error" if trace.score and trace.score.error else "metric"
 
 
+def verdicts(runs: Sequence[Trace], config: TraceConfig, has_metric: bool) -> list[str | None]:
+    """Why each trace of an example is not learned from; None for those that are."""
+    reasons = [rejection(trace, config, has_metric) for trace in runs]
+    good = [number for number, why in enumerate(reasons) if why is None]
+    kept = good
+    if config.keep == "first":
+        kept = good[:1]
+    if config.keep == "best" and good:
+        # Of equally good ones max() takes the first.
+        kept = [max(good, key=lambda number: _value(runs[number]))]
+    for number in good:
+        reasons[number] = None if number in kept else SURPLUS
+    return reasons
+
+
 @dataclass
 class Selection:
     """Chooses among traces as they come, and counts them.
@@ -60,19 +75,13 @@ class Selection:
 
     def choose_runs(self, runs: Sequence[Trace]) -> list[Trace]:
         """Those of one example to learn from."""
-        reasons = [rejection(trace, self.config, self.has_metric) for trace in runs]
-        good = [trace for trace, why in zip(runs, reasons, strict=True) if why is None]
-        kept = good
-        if self.config.keep == "first":
-            kept = good[:1]
-        if self.config.keep == "best" and good:
-            kept = [max(good, key=_value)]  # The first of equally good ones.
+        reasons = verdicts(runs, self.config, self.has_metric)
+        kept = [trace for trace, why in zip(runs, reasons, strict=True) if why is None]
         self.examples += bool(runs)
         self.traces += len(runs)
         self.kept += len(kept)
         self.hinted += sum(trace.hinted for trace in kept)
         self.rejected.update(why for why in reasons if why)
-        self.rejected[SURPLUS] += len(good) - len(kept)
         self.outputs.update((name, None) for trace in kept for name in trace.prediction or ())
         for trace in runs:
             self._count(trace)
