@@ -12,7 +12,7 @@ import cloudpickle
 import dspy
 from dspy.teleprompt.bootstrap_finetune import prepare_teacher
 
-from distill import preflight
+from distill import imports, preflight
 from distill.config import SCRATCH, ScratchConfig, TraceConfig
 from distill.datasets import distinct
 from distill.programs import Task, carried_settings, check_inputs
@@ -166,6 +166,7 @@ def make_plan(
     if not trainset:
         raise ConfigurationError("trainset is empty: there is nothing to learn from.")
     trace = settings.trace
+    _check_imports(optimizer, student)
     if len(distinct(trainset)) < MIN_SAMPLE and trace.max_failure_rate == MAX_FAILURE_RATE:
         trace = trace.model_copy(update={"max_failure_rate": 1.0})
     return Plan(
@@ -180,6 +181,16 @@ def make_plan(
         exclude_demos=optimizer.exclude_demos,
         strict_compat=settings.strict_compat,
     )
+
+
+def _check_imports(optimizer: "RayBootstrapFinetune", student: dspy.Module) -> None:
+    files = optimizer.settings.trace.imports
+    imports.check(files)
+    if files and not optimizer.multitask and len(student.predictors()) > 1:
+        raise ConfigurationError(
+            "trace.import: a chat log does not say which predictor it is of, and multitask=False "
+            "trains each on its own. Leave one of the two away."
+        )
 
 
 def _check_program(student: Any) -> None:

@@ -4,10 +4,11 @@ Which rows there are, and in which order, is decided here; rendering one is ``ro
 them is the provider's.
 """
 
+import functools
 import random
 from collections.abc import Mapping, Sequence
 
-from distill import export, summary
+from distill import export, imports, summary
 from distill.compile_plan import Group, Plan
 from distill.datasets import example_id, is_dev
 from distill.programs import program_fingerprint
@@ -42,12 +43,19 @@ def make_training_rows(
     selection = Selection(plan.trace, plan.has_metric)
     train, counts = _render(plan, group, found, train_ids, selection)
     val, _ = _render(plan, group, found, val_ids, selection)
+    render = functools.partial(
+        stream_rows, prompts=group.prompts, adapter=group.adapter, counts=counts
+    )
+    imported = imports.rows(plan.trace.imports, render, counts, folding=None)
+    train += [{"messages": list(row.messages)} for row in imported]
     if not train:
         raise TracingError(_nothing(group, selection))
     if len(group.prompts) < len(plan.keys):
         counts.unknown_predictor = 0  # They are what other groups learn from.
     left_out = summary.describe_left_out(counts, selection.rejections())
     text = f"{len(train)} rows, {len(val)} to validate on"
+    if counts.imported:
+        left_out = [f"{counts.imported} imported", *left_out]
     rows = TrainingRows(train, val, _profile(plan, group, list(selection.outputs)))
     return rows, ", ".join([text, *left_out])
 

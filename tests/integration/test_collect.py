@@ -1,6 +1,7 @@
 """Collecting on real Ray actors: durable, resumable, and stopped where it should."""
 
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ import pytest
 import ray
 
 from distill.evaluation.evaluate import teacher_lm
+from distill.optimizer import RayBootstrapFinetune
 from distill.programs import Task
 from distill.tracing.collect import Collection, collect
 from distill.tracing.limits import Limits
@@ -282,3 +284,34 @@ def test_a_teacher_answers_in_its_own_words_only_once_parsed(tmp_path):
         garbled = job(server, tmp_path, TEXTS[:10])
         collect(garbled, ignore)
         assert {t.failure.kind for t in garbled.store.scan()} == {"parse"}
+
+
+def test_the_optimizer_takes_samples_keep_hints_and_imports(tmp_path):
+    trained = {}
+
+    class TracingOnly(RayBootstrapFinetune):
+        @staticmethod
+        def finetune_lms(finetune_dict):
+            trained.update(finetune_dict)
+            return {key: job["lm"] for key, job in finetune_dict.items()}
+
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"messages": [{"role": "assistant", "content": "hello"}]}))
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        lm = dspy.LM("openai/stand-in", api_base=server.api_base, cache=False, num_retries=0)
+        optimizer = TracingOnly(
+            metric=programs.right_mood,
+            student_model="scratch",
+            trace={"samples": 2, "keep": "first", "hints": True, "import": [str(log)]},
+            storage=str(tmp_path / "runs"),
+        )
+        trainset = [
+            dspy.Example(text=f"sunny {n}", mood="good" if n else "bad").with_inputs("text")
+            for n in range(5)
+        ]
+        with dspy.context(lm=lm):
+            optimizer.compile(programs.build(), trainset=trainset)
+    (job,) = trained.values()
+    assert len(job["train_data"]) == 4 + 1
+    assert teacher.calls == 2 * 5 + 1
