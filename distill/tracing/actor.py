@@ -1,7 +1,7 @@
 """The actor that traces: a thin shell around ``Tracer``, a bounded number of units at a time.
 
-It is handed units, makes each one's trace durable as soon as it is there, and only then
-acknowledges it. Which units it gets is for ``pool`` and ``collect``.
+It is handed units, a few more than it runs at once, makes each one's trace durable as soon as
+it is there, and only then acknowledges it. Which units it gets is for ``pool`` and ``collect``.
 """
 
 import asyncio
@@ -99,8 +99,9 @@ class TraceActor:
         sys.path.extend(path for path in import_paths if path not in sys.path)
         self._job: Assignment = cloudpickle.loads(payload)
         self._tracers: dict[int, Tracer] = {}
+        self._slots = asyncio.Semaphore(self._job.concurrency)
         self._running: set[asyncio.Task[None]] = set()
-        self._pending: list[tuple[dict[str, Any], Acknowledgement]] = []
+        self._pending: list[tuple[Trace, asyncio.Future[None]]] = []
         self._committing: asyncio.Task[None] | None = None
         self._durable: list[Acknowledgement] = []
         self._error: Exception | None = None
@@ -149,23 +150,26 @@ class TraceActor:
 
     async def _trace(self, unit: Unit) -> None:
         try:
-            trace = await self._tracer_for(unit).trace(unit.key, unit.example)
+            # Held until the trace is durable, so that no more than the slots can be lost.
+            async with self._slots:
+                trace = await self._tracer_for(unit).trace(unit.key, unit.example)
+                trace = replace(trace, sample=unit.sample, hinted=unit.hinted)
+                await self._commit(trace)
         # A tracer keeps what the program raises; what gets here would be lost in the task.
         except Exception as error:
-            self._fail(error)
-            return
-        trace = replace(trace, sample=unit.sample, hinted=unit.hinted)
-        acknowledgement = Acknowledgement(
-            key=unit.key,
+            self._error = self._error or error
+        else:
+            self._durable.append(self._acknowledgement(trace))
+        self._news.set()
+
+    def _acknowledgement(self, trace: Trace) -> Acknowledgement:
+        return Acknowledgement(
+            key=trace.key,
             failure=trace.failure,
             outcome=outcome_of(trace, self._has_metric, self._job.threshold),
             calls=trace.usage.calls,
             cost_usd=trace.usage.cost_usd,
         )
-        # What finishes while one write is under way goes into the next: one sync for many.
-        self._pending.append((trace.to_json(), acknowledgement))
-        if self._committing is None or self._committing.done():
-            self._committing = asyncio.create_task(self._write_pending())
 
     def _tracer_for(self, unit: Unit) -> Tracer:
         if unit.hinted:
@@ -191,17 +195,23 @@ class TraceActor:
             override_lms=self._job.lm.override_lms,
         )
 
+    async def _commit(self, trace: Trace) -> None:
+        # What finishes while one write is under way goes into the next: one sync for many.
+        done = asyncio.get_running_loop().create_future()
+        self._pending.append((trace, done))
+        if self._committing is None or self._committing.done():
+            self._committing = asyncio.create_task(self._write_pending())
+        await done
+
     async def _write_pending(self) -> None:
         while self._pending:
             batch, self._pending = self._pending, []
+            records = [trace.to_json() for trace, _ in batch]
             try:
-                await asyncio.to_thread(self._writer.append, [trace for trace, _ in batch])
+                await asyncio.to_thread(self._writer.append, records)
             except Exception as error:
-                self._fail(error)
-                return
-            self._durable += [acknowledgement for _, acknowledgement in batch]
-            self._news.set()
-
-    def _fail(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._news.set()
+                for _, done in batch:
+                    done.set_exception(error)
+                continue
+            for _, done in batch:
+                done.set_result(None)

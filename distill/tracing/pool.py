@@ -66,6 +66,8 @@ class Pool:
             num_cpus=lm.num_cpus, num_gpus=lm.num_gpus, max_concurrency=2
         )
         self._concurrency = assignment.concurrency
+        # Held ready, so that no slot of an actor waits for the driver.
+        self._ahead = max(1, assignment.concurrency // 4)
         self._smallest, self._largest = smallest, largest
         self.workers: list[Worker] = []
 
@@ -103,7 +105,7 @@ class Pool:
         """
         up = [worker for worker in self.workers if worker.is_up]
         share = -(-(remaining + self.num_in_flight) // max(len(up), self._smallest))
-        room = min(self._concurrency, share)
+        room = min(self._concurrency + self._ahead, share)
         return [(worker, room - len(worker.units)) for worker in up if worker.answer is None]
 
     def wait(self) -> list[Landed]:
