@@ -28,12 +28,14 @@ class Worker:
         actor: Its handle.
         answer: What it is asked at the moment; None when it is not.
         is_up: Whether it has started.
+        has_finished: Whether it has made anything durable.
         units: What it has in flight, by key.
     """
 
     actor: Any
     answer: Any
     is_up: bool = False
+    has_finished: bool = False
     units: dict[str, Unit] = field(default_factory=dict)
 
     def give(self, units: Sequence[Unit]) -> None:
@@ -105,8 +107,13 @@ class Pool:
         """
         up = [worker for worker in self.workers if worker.is_up]
         share = -(-(remaining + self.num_in_flight) // max(len(up), self._smallest))
-        room = min(self._concurrency + self._ahead, share)
-        return [(worker, room - len(worker.units)) for worker in up if worker.answer is None]
+        rooms = []
+        for worker in up:
+            # A teacher that refuses everything is not asked more than it must be.
+            ahead = self._ahead if worker.has_finished else 0
+            room = min(self._concurrency + ahead, share) - len(worker.units)
+            rooms += [(worker, room)] if worker.answer is None else []
+        return rooms
 
     def wait(self) -> list[Landed]:
         """What the workers have answered; returns after a while even if they have not.
@@ -130,6 +137,7 @@ class Pool:
             self._remove(worker)
             return Landed(worker, lost=error)
         worker.answer, worker.is_up = None, True
+        worker.has_finished = worker.has_finished or bool(durable)
         return Landed(worker, durable or ())
 
     def _remove(self, worker: Worker) -> None:
