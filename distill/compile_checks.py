@@ -12,6 +12,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt.bootstrap_finetune import prepare_teacher
 
+from distill import imports
 from distill.config import ScratchConfig, TraceConfig
 from distill.config_file import validated
 from distill.programs import check_inputs
@@ -55,7 +56,7 @@ class Settings:
         if num_threads is not None:
             if num_threads < 1:
                 raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
-            actors = min(tracing.actors, num_threads)
+            actors = min(tracing.max_actors, num_threads)
             spread = {"actors": actors, "concurrency": num_threads // actors}
             tracing = tracing.model_copy(update=spread)
         sizes = validated(ScratchConfig, scratch or {}, "scratch")
@@ -111,6 +112,16 @@ def check_examples(name: str, examples: Any, programs: Sequence[dspy.Module]) ->
             checked.add(inputs)
             for program in programs:
                 check_inputs(program, inputs, f"{name}[{number}].inputs()")
+
+
+def check_imports(files: Sequence[str], student: dspy.Module, multitask: bool) -> None:
+    """What was recorded elsewhere can become rows of the one student that there is."""
+    imports.check(files)
+    if files and not multitask and len(student.predictors()) > 1:
+        raise ConfigurationError(
+            "trace.import: a chat log does not say which predictor it is of, and multitask=False "
+            "trains each on its own. Leave one of the two away."
+        )
 
 
 def structural(student: dspy.Module, teacher: dspy.Module | None) -> dspy.Module:

@@ -16,6 +16,7 @@ from distill.compile_checks import (
     MAX_FAILURE_RATE,
     Settings,
     check_examples,
+    check_imports,
     check_metric,
     check_program,
     structural,
@@ -25,7 +26,7 @@ from distill.datasets import distinct
 from distill.programs import Task, carried_settings
 from distill.provider import RayProvider
 from distill.rows import Prompts, check_renderable, predictor_prompts
-from distill.tracing.collect import LmSpec
+from distill.tracing.actor import LmSpec
 from distill.tracing.limits import MIN_SAMPLE
 from distill.train_kwargs import parse_train_kwargs
 from serve.dspy_lm import lm_identity, model_name
@@ -140,6 +141,7 @@ def make_plan(
     check_examples("trainset", trainset, programs)
     check_examples("valset", valset or (), programs)
     trace = settings.trace
+    check_imports(trace.imports, student, optimizer.multitask)
     if len(distinct(trainset)) < MIN_SAMPLE and trace.max_failure_rate == MAX_FAILURE_RATE:
         trace = trace.model_copy(update={"max_failure_rate": 1.0})
     return Plan(

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -79,14 +81,42 @@ class PriceConfig(Section):
     output: Annotated[float, Field(ge=0)]
 
 
+class ActorsConfig(Section):
+    """Between how many actors tracing may have."""
+
+    min: Positive = 1
+    """What the cluster must have room for."""
+    max: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> "ActorsConfig":
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}")
+        return self
+
+
 class TraceConfig(Section):
     """How the teacher is run over the trainset."""
 
-    actors: Positive = 2
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    # By its kind, so that an error speaks of the kind that was given.
+    actors: Annotated[
+        Annotated[Positive, Tag("int")] | Annotated[ActorsConfig, Tag("range")],
+        Discriminator(lambda given: "int" if isinstance(given, int | str | float) else "range"),
+    ] = 2
+    """So many, or ``{min, max}``: more come as there is work and room for them."""
     concurrency: Positive = 32
     """Examples in flight per actor."""
-    keep: Literal["passed", "all"] = "passed"
-    """``passed`` keeps the examples that pass the metric, ``all`` every one that finished."""
+    samples: Positive = 1
+    """Runs of each example; those after the first with a temperature."""
+    keep: Literal["passed", "all", "best", "first"] = "passed"
+    """Which runs of an example become rows: all that pass the metric, the best of these by
+    score, or the first of them; ``all`` takes every one that finished."""
+    hints: bool = False
+    """Run an example of which no run passed once more, with the label as a hint."""
+    imports: list[str] = Field(default=[], alias="import")
+    """JSONL files, of traces or of ``{"messages": [...]}``, that become rows as well."""
     metric_threshold: float | None = None
     """Lowest score that passes; null lets every true score pass."""
     requests_per_minute: Positive | None = None
@@ -104,6 +134,16 @@ class TraceConfig(Section):
     prices: dict[str, PriceConfig] = {}
     """By model, where DSPy's own are wrong or missing."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+    @property
+    def min_actors(self) -> int:
+        """How many actors there are at least."""
+        return self.actors if isinstance(self.actors, int) else self.actors.min
+
+    @property
+    def max_actors(self) -> int:
+        """How many actors there are at most."""
+        return self.actors if isinstance(self.actors, int) else self.actors.max
 
 
 class ScratchConfig(Section):

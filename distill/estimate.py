@@ -25,8 +25,8 @@ SECONDS_PER_CALL = 2.0
 class Estimate:
     """What tracing the whole of the data is expected to take; None is not known.
 
-    Every predictor is taken to be called once an example, so loops and branches are not
-    seen, nor are a metric's calls; a token is taken to be four characters.
+    Every predictor is taken to be called once a run, so loops and branches are not seen, nor
+    are a metric's calls or runs with a hint; a token is taken to be four characters.
     """
 
     examples: int
@@ -40,6 +40,8 @@ class Estimate:
 def estimate(inputs: Inputs, config: RunConfig) -> Estimate:
     """Estimate what tracing takes."""
     every = list(datasets.distinct([*inputs.train, *inputs.dev, *inputs.test]).values())
+    learned = datasets.distinct([*inputs.train, *inputs.dev])
+    runs = len(every) + (config.trace.samples - 1) * len(learned)
     sample = every[:: -(-len(every) // SAMPLE)]
     prompts = rows.predictor_prompts(inputs.task.program)
     sizes = [
@@ -47,10 +49,10 @@ def estimate(inputs: Inputs, config: RunConfig) -> Estimate:
         for signature, demos in prompts.values()
         for example in sample
     ]
-    scale = len(every) / len(sample) / CHARS_PER_TOKEN
+    scale = runs / len(sample) / CHARS_PER_TOKEN
     prompt_tokens = round(scale * sum(prompt for prompt, _ in sizes))
     completion_tokens = round(scale * sum(completion for _, completion in sizes))
-    calls = len(every) * len(prompts)
+    calls = runs * len(prompts)
     price = _price(config)
     return Estimate(
         examples=len(every),
@@ -94,7 +96,7 @@ def _price(config: RunConfig) -> Price | None:
 def _seconds(config: RunConfig, calls: int, tokens: int) -> float:
     trace = config.trace
     return max(
-        calls * SECONDS_PER_CALL / (trace.actors * trace.concurrency),
+        calls * SECONDS_PER_CALL / (trace.max_actors * trace.concurrency),
         60 * calls / (trace.requests_per_minute or float("inf")),
         60 * tokens / (trace.tokens_per_minute or float("inf")),
     )
@@ -105,7 +107,7 @@ def describe(expected: Estimate, config: RunConfig) -> str:
     cost = "its price is not known: give trace.prices"
     if expected.cost_usd is not None:
         cost = f"${expected.cost_usd:,.4f}"
-    in_flight = config.trace.actors * config.trace.concurrency
+    in_flight = config.trace.max_actors * config.trace.concurrency
     return (
         f"A run would make about {expected.calls:,} teacher calls, with "
         f"{expected.prompt_tokens:,} prompt tokens and {expected.completion_tokens:,} completion "

@@ -8,6 +8,7 @@ them to each LM's provider and puts the students in place: the stages of ``pipel
 DSPy's own face. What there is to do is decided in ``compile_plan``.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,11 @@ from distill import cluster, summary
 from distill.compile_checks import Settings
 from distill.compile_plan import Key, Plan, make_plan, trains_here
 from distill.compile_rows import Traces, make_training_rows
-from distill.evaluation.evaluate import paid_by_job, scored_traces
 from distill.progress import ProgressReporter
 from distill.provider import reporting
 from distill.rundir import RunDir
-from distill.tracing.collect import Collection, collect
+from distill.tracing.collect import collect
+from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.spending import cost_usd
@@ -166,15 +167,20 @@ class RayBootstrapFinetune(BootstrapFinetune):
                 lm=teacher.lm,
                 examples=[*plan.trainset, *plan.valset],
                 store=TraceStore(directory.join("traces")),
-                actors=trace.actors,
+                actors=trace.min_actors,
+                max_actors=trace.max_actors,
                 concurrency=trace.concurrency,
                 limits=Limits.of(trace, spent_usd),
                 calls=CallSettings.of(trace),
+                samples=trace.samples,
+                hints=trace.hints,
+                threshold=None if trace.keep == "all" else trace.metric_threshold,
             )
             with progress.stage("trace") as stage:
                 collect(job, summary.show_tracing(stage))
-                found.append({trace.example_id: trace for trace in scored_traces(job)})
-            spent_usd += cost_usd(paid_by_job(job))
+                by_example = itertools.groupby(job.traces(), key=lambda trace: trace.example_id)
+                found.append({name: list(runs) for name, runs in by_example})
+            spent_usd += cost_usd(job.paid())
         return found
 
     def _make_jobs(

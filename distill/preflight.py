@@ -11,7 +11,7 @@ from typing import Any
 
 import dspy
 
-from distill import datasets, programs, rows
+from distill import datasets, imports, programs, rows
 from distill.config import SCRATCH, RunConfig, TraceConfig, TrainConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
@@ -39,9 +39,9 @@ def load(config: RunConfig) -> Inputs:
         ConfigurationError: One of them cannot work.
     """
     _check_teacher(config.teacher.lm)
-    task = programs.load_task(config.program, config.metric)
+    task, train, dev = load_traced(config)
     task.dumps()
-    train, dev = _training_data(config)
+    imports.check(config.trace.imports)
     test = datasets.load_examples(config.data.test, config.data)
     programs.check_inputs(task.program, config.data.inputs)
     prompts = rows.predictor_prompts(task.program)
@@ -51,6 +51,17 @@ def load(config: RunConfig) -> Inputs:
         folding = Folding.learn(prompts, task.adapter)
     check_training(config.student.model, config.train, rendered if _any_full(folding) else ())
     return Inputs(task, train, dev, test, folding)
+
+
+def load_traced(
+    config: RunConfig,
+) -> tuple[Task, Sequence[dspy.Example], Sequence[dspy.Example]]:
+    """The program, and the examples that it is traced on: those to train and to validate on.
+
+    Raises:
+        ConfigurationError: One of them cannot be loaded.
+    """
+    return programs.load_task(config.program, config.metric), *_training_data(config)
 
 
 def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messages] = ()) -> None:
@@ -84,7 +95,7 @@ def fitted_actors(trace: TraceConfig) -> TraceConfig:
     """The same, with no more actors than the cluster holds unless their number was given."""
     if "actors" in trace.model_fields_set:
         return trace
-    return trace.model_copy(update={"actors": max(1, min(trace.actors, int(capacity("CPU"))))})
+    return trace.model_copy(update={"actors": max(1, min(trace.max_actors, int(capacity("CPU"))))})
 
 
 def check_cluster(train: TrainConfig, trace: TraceConfig) -> None:
@@ -103,7 +114,7 @@ def check_actors(trace: TraceConfig) -> None:
     Raises:
         ConfigurationError: It cannot.
     """
-    _check_fits("trace.actors", trace.actors, "CPU")
+    _check_fits("trace.actors", trace.min_actors, "CPU")
 
 
 def check_workers(train: TrainConfig) -> None:

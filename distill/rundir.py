@@ -9,10 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -93,23 +92,32 @@ class RunDir:
 
     def write_jsonl(self, name: str, values: Iterable[Mapping[str, Any]]) -> None:
         """Write JSON lines at once."""
-        lines = (json.dumps(value) + "\n" for value in values)
-        self.write_text(name, "".join(lines))
+        with self.writing(name) as file:
+            file.writelines(json.dumps(value) + "\n" for value in values)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file at once."""
-        path = f"{self._root}/{name}"
-        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        if not self.is_local:
-            # Object stores replace whole objects, so a plain write is atomic there.
-            self._fs.pipe_file(path, text.encode())
-            return
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
+        with self.writing(name) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[IO[str]]:
+        """A text file to fill; a reader sees the old one, or, once it is left, the new one."""
+        path = Path(self._root, name) if self.is_local else None
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path and path.parent) as folder:
+            temporary = Path(folder) / Path(name).name
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if path:
+                os.replace(temporary, path)
+                return
+            # Object stores replace whole objects, so a plain write is atomic there.
+            self._fs.makedirs(f"{self._root}/{name}".rsplit("/", 1)[0], exist_ok=True)
+            self._fs.put_file(str(temporary), f"{self._root}/{name}")
 
     @contextlib.contextmanager
     def replacing(self, name: str, seal: str) -> Iterator[Path]:

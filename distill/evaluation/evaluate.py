@@ -11,19 +11,16 @@ from typing import Any
 
 import dspy
 
-from distill.datasets import example_id
+from distill.datasets import distinct, example_id
 from distill.evaluation.report import ExampleResult
 from distill.programs import Task
-from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
-from distill.tracing.conductor import Conductor
-from distill.tracing.governor import gate_to, governing
-from distill.tracing.spending import cost_usd, paid_by_predictor
-from distill.tracing.trace import FailureKind, Trace, Usage
-from distill.tracing.tracer import has_current_score, with_current_score
+from distill.tracing.actor import LmSpec
+from distill.tracing.collect import OnProgress, collect
+from distill.tracing.collection import Collection
+from distill.tracing.trace import FailureKind, Trace
 from serve.batcher import Batcher
-from serve.dspy_lm import CONNECTION, governed, student_adapter
+from serve.dspy_lm import CONNECTION, student_adapter
 from serve.dspy_lm import student_lm as answering_lm
-from serve.errors import BudgetExceeded, BudgetSpent, CallPrevented, TracingError
 from serve.models import load_engine
 
 
@@ -66,42 +63,11 @@ def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
         One result per example, in their order; equal examples share an answer.
     """
     collect(job, on_progress)
-    traces = scored_traces(job)
-    by_id = {trace.example_id: trace for trace in traces}
-    return [_result(by_id[example_id(example)], example) for example in job.examples]
-
-
-def scored_traces(job: Collection) -> list[Trace]:
-    """The traces that the store holds for a job, scored by its metric as it is now.
-
-    Raises:
-        BudgetExceeded, TracingError: The metric asks an LM, and may not.
-    """
-    keys = job.keys()
-    found = job.store.latest(keys)
-    pairs = [(found[key], example) for key, example in keys.items() if key in found]
-    if all(has_current_score(trace, job.task) for trace, _ in pairs):
-        return [trace for trace, _ in pairs]
-    spent_usd = cost_usd(paid_by_job(job))
-    failed: list[Exception] = []
-    with governing(job.store.uri, job.limits.bounds(spent_usd)) as governor:
-        conductor = Conductor(gate_to(governor), job.calls, lambda _: None, failed.append)
-        judge = governed((job.lm.judge or job.lm.make)(), conductor)
-        traces = [with_current_score(trace, example, job.task, judge) for trace, example in pairs]
-    for error in failed:
-        # Not a bad score: what the metric would have said is not known.
-        if isinstance(error, BudgetSpent):
-            raise BudgetExceeded(f"The metric asks an LM: {error}") from error
-        if isinstance(error, CallPrevented):
-            raise TracingError(f"The metric asks an LM: {error}") from error
-    return traces
-
-
-def paid_by_job(job: Collection) -> dict[str, Usage]:
-    """What a job has paid for, by predictor: first tries that were replaced as well."""
-    keys = job.keys()
-    records = (trace for trace in job.store.scan() if trace.key in keys)
-    return paid_by_predictor(records, job.lm.override_lms)
+    examples = distinct(job.examples)
+    results = {
+        trace.example_id: _result(trace, examples[trace.example_id]) for trace in job.traces()
+    }
+    return [results[example_id(example)] for example in job.examples]
 
 
 def for_student(task: Task) -> Task:

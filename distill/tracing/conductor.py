@@ -27,6 +27,9 @@ from serve.errors import BudgetSpent, CallPrevented, TeacherDown, TeacherUnusabl
 LANE = 90
 """Calls in flight of one LM through one HTTP client: DSPy 3.4's has 100 connections."""
 LANE_STEP_S = 1e-3
+_lanes: dict[str, Counter[int]] = {}
+"""Calls in flight by model and lane: of the whole process, whose clients they go through."""
+_lanes_lock = threading.Lock()
 
 _REFUSALS: dict[Stop, tuple[type[CallPrevented], str]] = {
     Stop.BUDGET: (BudgetSpent, "trace.budget_usd does not cover another call."),
@@ -92,8 +95,6 @@ class Conductor:
     ) -> None:
         self._gate, self._settings = gate, settings
         self._record, self._failed_for_good = record, failed
-        self._lanes: dict[str, Counter[int]] = {}
-        self._lock = threading.Lock()
 
     def conduct(self, lm: dspy.BaseLM, requests: int, attempt: Attempt) -> object:
         """Make one call from a thread."""
@@ -187,8 +188,8 @@ class Conductor:
         DSPy keeps an HTTP client for each timeout, so these are different clients.
         """
         number = 0
-        with self._lock:
-            lanes = self._lanes.setdefault(lm.model, Counter())
+        with _lanes_lock:
+            lanes = _lanes.setdefault(lm.model, Counter())
             # DSPy's cache goes by all options of a call.
             while lanes[number] >= LANE and not is_cached(lm):
                 number += 1
@@ -197,7 +198,7 @@ class Conductor:
             timeout_s = self._settings.timeout_s
             yield None if timeout_s is None else timeout_s + number * LANE_STEP_S
         finally:
-            with self._lock:
+            with _lanes_lock:
                 lanes[number] -= 1
 
 

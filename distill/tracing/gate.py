@@ -72,7 +72,7 @@ class Gate:
         self._in_flight = 0
         self._short = False
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="gate", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
 
     def enter(self, ask: Ask) -> Permit:
         """Wait for leave to make a call.
@@ -114,6 +114,8 @@ class Gate:
         with self._lock:
             if self._error is not None:
                 raise self._error
+            if self._thread.ident is None:
+                self._thread.start()
             self._started[ask] = self._started.get(ask, 0) + 1
             permit = self._take(ask)
             if permit is not None:

@@ -4,6 +4,7 @@ A thin shell: what may be called when is ``limiter``; asking in batches is ``gat
 """
 
 import contextlib
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from distill import cluster
 from distill.tracing.gate import Gate, Reply, Report
 from distill.tracing.limiter import Limiter
 from distill.tracing.permits import Bounds, Permit, Stop, Wait
@@ -100,13 +102,31 @@ def governing(run: str, bounds: Bounds) -> Iterator[Any]:
 
 def gate_to(governor: Any) -> Gate:
     """A process's gate, which asks the governor."""
+    return Gate(lambda report: _exchange(governor, report))
 
-    def exchange(report: Report) -> Reply:
-        try:
-            # Not ray.get, which in an async actor warns of blocking the loop; this is a thread.
-            reply: Reply = governor.exchange.remote(report).future().result()
-        except RayError as error:
-            raise TracingError(f"The run's governor is gone: {error}. Run again.") from error
-        return reply
 
-    return Gate(exchange)
+@contextlib.contextmanager
+def gate_when_asked(run: str, bounds: Callable[[], Bounds]) -> Iterator[Gate]:
+    """A gate for calls that there may be: the first one connects to Ray and to the governor.
+
+    Args:
+        run: What names the run.
+        bounds: Tells those of the job.
+    """
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def governor() -> Any:
+            stack.enter_context(cluster.connected())
+            return stack.enter_context(governing(run, bounds()))
+
+        yield Gate(lambda report: _exchange(governor(), report))
+
+
+def _exchange(governor: Any, report: Report) -> Reply:
+    try:
+        # Not ray.get, which in an async actor warns of blocking the loop; this is a thread.
+        reply: Reply = governor.exchange.remote(report).future().result()
+    except RayError as error:
+        raise TracingError(f"The run's governor is gone: {error}. Run again.") from error
+    return reply

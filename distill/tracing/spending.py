@@ -20,11 +20,11 @@ def paid(trace: Trace, ours: bool) -> Mapping[str, Usage]:
 
 def paid_by_predictor(traces: Iterable[Trace], ours: bool) -> dict[str, Usage]:
     """The same of many traces."""
-    by_name: dict[str, list[Usage]] = {}
+    found: dict[str, Usage] = {}
     for trace in traces:
         for name, usage in paid(trace, ours).items():
-            by_name.setdefault(name, []).append(usage)
-    return {name: total_usage(usages) for name, usages in by_name.items()}
+            found[name] = total_usage([found.get(name, Usage()), usage])
+    return found
 
 
 def cost_usd(usages: Mapping[str, Usage]) -> float:

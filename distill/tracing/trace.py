@@ -6,7 +6,7 @@ data, not a crash.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -70,9 +70,14 @@ UNNAMED = "(other)"
 
 @dataclass(frozen=True)
 class Trace:
-    """One run of a program on one example. ``key`` names example, program and LM at once.
+    """One run of a program on one example.
 
-    ``usage`` is the program's; ``usages`` tells it by predictor, and the metric's as well.
+    Attributes:
+        key: Names example, program, LM and sample at once.
+        usage: The program's.
+        usages: The same by predictor, and the metric's as well.
+        sample: Which of an example's runs it is; 0 is the plain one.
+        hinted: Whether the predictors were told the label.
     """
 
     key: str
@@ -84,6 +89,8 @@ class Trace:
     score: Score | None = None
     failure: Failure | None = None
     usages: Mapping[str, Usage] = field(default_factory=dict)
+    sample: int = 0
+    hinted: bool = False
 
     @property
     def spent(self) -> Usage:
@@ -102,6 +109,10 @@ class Trace:
         Raises:
             KeyError, TypeError, ValueError: The record is not one.
         """
+        # Strict, since a damaged name of a field would otherwise go unnoticed.
+        unknown = record.keys() - {each.name for each in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
         score, failure = record["score"], record["failure"]
         return cls(
             key=record["key"],
@@ -115,6 +126,8 @@ class Trace:
             if failure
             else None,
             usages={name: Usage(**usage) for name, usage in record.get("usages", {}).items()},
+            sample=record.get("sample", 0),
+            hinted=record.get("hinted", False),
         )
 
 

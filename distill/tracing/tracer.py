@@ -1,6 +1,6 @@
 """Runs a program on one example and returns the trace.
 
-A plain class, without Ray: the actor around it is ``collect.TraceActor``. Whatever the
+A plain class, without Ray: the actor around it is ``actor.TraceActor``. Whatever the
 program, the LM or the metric raises is caught here and becomes data, once.
 """
 
@@ -214,12 +214,6 @@ def score_prediction(
     return Score(identity, value)
 
 
-def has_current_score(trace: Trace, task: Task) -> bool:
-    """Whether a trace's score, or its having none, is by the task's metric as it is now."""
-    identity = task.metric_identity
-    return trace.prediction is None or identity == (trace.score and trace.score.metric)
-
-
 def with_current_score(
     trace: Trace, example: dspy.Example, task: Task, judge: dspy.BaseLM
 ) -> Trace:
@@ -227,10 +221,10 @@ def with_current_score(
 
     A changed metric changes what is kept, not what the teacher said: the program is not run.
     """
-    if has_current_score(trace, task):
-        return trace
     identity = task.metric_identity
-    if task.metric is None or identity is None or trace.prediction is None:
+    if trace.prediction is None or identity == (trace.score and trace.score.metric):
+        return trace
+    if task.metric is None or identity is None:
         return dataclasses.replace(trace, score=None)
     prediction = revive_prediction(trace.prediction, task.program)
     with judging(task, judge):

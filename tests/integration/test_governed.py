@@ -13,7 +13,8 @@ import ray
 
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
-from distill.tracing.collect import Collection, collect
+from distill.tracing.collect import collect
+from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.prices import Price

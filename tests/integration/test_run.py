@@ -122,6 +122,24 @@ def test_the_report_command_rebuilds_the_page(finished):
     assert "student" in output
 
 
+def test_the_traces_command_lists_the_runs_traces_and_exports_them(finished, tmp_path):
+    folder, teacher, _ = finished
+    before, file = teacher.calls, tmp_path / "kept.jsonl"
+    for options, said in (
+        (["--limit", "3"], "3 of 60 traces: 60 kept"),
+        (["--rejected"], "No traces."),
+        (["--kept", "--predictor", "judge", "--export", str(file)], "60 traces"),
+    ):
+        with folder.started("traces", str(folder.run_dir), *options) as process:
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 0, output
+        assert said in output
+    calls = [call for line in file.read_text().splitlines() for call in json.loads(line)["calls"]]
+    assert {call["predictor"] for call in calls} == {"judge"}
+    assert len(calls) == 60
+    assert teacher.calls == before
+
+
 def test_the_endpoint_answers_and_stops_on_a_signal(finished):
     folder, _, _ = finished
     with socket.socket() as probe:

@@ -58,3 +58,9 @@ def test_the_time_is_that_of_the_narrowest_limit(inputs):
     assert estimate(inputs, config(requests_per_minute=20)).seconds == 600
     slow = estimate(inputs, config(tokens_per_minute=1000))
     assert slow.seconds == (slow.prompt_tokens + slow.completion_tokens) * 0.06
+
+
+def test_samples_are_runs_of_what_is_learned_from_and_all_actors_are_counted(inputs):
+    expected = estimate(inputs, config(samples=3, actors={"min": 1, "max": 4}))
+    assert (expected.examples, expected.calls) == (100, 2 * (100 + 2 * 90))
+    assert expected.seconds == expected.calls * 2 / 20

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -85,6 +86,62 @@ def test_damage_in_the_middle_is_an_error_that_names_the_line(tmp_path):
         list(store.scan())
 
 
+@pytest.mark.parametrize("old", [b"a", b'"key": "a"', b"latency_s", b"crc32"])
+def test_a_changed_byte_is_never_used(tmp_path, old):
+    store = TraceStore(str(tmp_path))
+    store.writer().append([trace("b").to_json(), trace("a", prediction={"x": "a"}).to_json()])
+    (segment,) = tmp_path.glob("*.jsonl")
+    first, second = segment.read_bytes().splitlines(keepends=True)
+    at = second.rindex(old)
+    damaged = second[:at] + bytes([second[at] ^ 1]) + second[at + 1 :]
+    segment.write_bytes(first + damaged)
+    with pytest.raises(TraceStoreError, match=rf"{segment.name}, line 2: is damaged"):
+        list(store.scan())
+
+
+def test_records_of_before_there_were_checksums_are_read(tmp_path):
+    record = trace("a").to_json()
+    del record["sample"], record["hinted"]
+    (tmp_path / "old.jsonl").write_text(json.dumps(record) + "\n")
+    assert list(TraceStore(str(tmp_path)).scan()) == [trace("a")]
+
+
+def test_traces_are_read_in_the_order_of_the_keys(tmp_path):
+    store = TraceStore(str(tmp_path))
+    for keys in ("db", "ca"):
+        store.writer().append([trace(key).to_json() for key in keys])
+    assert [found.key for found in store.read(["a", "b", "x", "c", "d"])] == ["a", "b", "c", "d"]
+
+
+def fill(writer, acknowledged):
+    for number in range(100):
+        writer.append([trace(f"{number}").to_json()])
+        acknowledged.append(f"{number}")
+
+
+def test_a_disk_that_fills_up_costs_no_trace_that_was_acknowledged(tmp_path):
+    store = TraceStore(str(tmp_path))
+    writer, acknowledged = store.writer(), []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(TraceStoreError, match="cannot be written"):
+            fill(writer, acknowledged)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.append([trace("later").to_json()])
+    assert 0 < len(acknowledged) < 100
+    assert [found.key for found in store.read([*acknowledged, "later"])] == [*acknowledged, "later"]
+
+
+def test_only_who_has_the_same_store_sees_its_beacon(tmp_path):
+    store = TraceStore(str(tmp_path / "a"))
+    with store.beacon() as beacon:
+        assert TraceStore(str(tmp_path / "a")).sees(beacon)
+        assert not TraceStore(str(tmp_path / "b")).sees(beacon)
+    assert not list((tmp_path / "a").iterdir())
+
+
 def test_of_two_traces_of_one_key_the_finished_one_counts(tmp_path):
     store = TraceStore(str(tmp_path))
     failed = trace("a", failure=Failure(FailureKind.TEACHER, "LMTimeoutError", "slow"))
@@ -99,7 +156,7 @@ def test_after_a_failed_write_the_next_goes_to_another_segment(tmp_path, monkeyp
     writer = store.writer()
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(TraceStoreError, match="disk full"):
         writer.append([trace("a").to_json()])
     monkeypatch.setattr(os, "fsync", real)
     writer.append([trace("b").to_json()])
