@@ -18,6 +18,7 @@ from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.prices import Price
+from distill.tracing.spending import cost_usd
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import METRIC
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
@@ -193,13 +194,14 @@ def test_a_model_that_is_not_there_stops_the_run_at_once(tmp_path):
     assert teacher.calls <= 2 * 32
 
 
-def test_usage_is_told_by_predictor_and_a_metrics_calls_are_counted(tmp_path):
-    def metric(example, prediction, trace=None):
-        return dspy.Predict(programs.Sentiment)(text=example.text).mood == prediction.mood
+def asking_metric(example, prediction, trace=None):
+    return dspy.Predict(programs.Sentiment)(text=example.text).mood == prediction.mood
 
+
+def test_usage_is_told_by_predictor_and_a_metrics_calls_are_counted(tmp_path):
     teacher = Moody()
     with serve_in_background(teacher) as server:
-        judged = job(server, tmp_path, 4, programs.TwoSteps(), metric)
+        judged = job(server, tmp_path, 4, programs.TwoSteps(), asking_metric)
         counted = []
         collect(judged, lambda counts, calls, total: counted.append((counts, calls)))
     for trace in traces_of(judged):
@@ -214,3 +216,32 @@ def test_usage_is_told_by_predictor_and_a_metrics_calls_are_counted(tmp_path):
     counts, calls = counted[-1]
     assert calls == teacher.said["reply"] == 12
     assert counts.cost_usd == pytest.approx(sum(t.spent.cost_usd for t in traces_of(judged)))
+
+
+def test_a_changed_metric_that_asks_an_lm_is_held_to_the_budget_as_well(tmp_path):
+    teacher = Moody()
+    with serve_in_background(teacher) as server:
+        plain = job(server, tmp_path, 6)
+        collect(plain, ignore)
+        limits = Limits(budget_usd=cost_usd(plain.paid()))
+        with pytest.raises(BudgetExceeded, match="The metric asks an LM"):
+            list(job(server, tmp_path, 6, metric=asking_metric, limits=limits).traces())
+        assert teacher.said["reply"] == 6
+        judged = job(server, tmp_path, 6, metric=asking_metric)
+        assert [trace.score.value for trace in judged.traces()] == 6 * [1.0]
+    assert teacher.said["reply"] == 12
+
+
+def test_samples_and_hints_are_let_through_and_paid_like_all_else(tmp_path):
+    teacher = Moody(capacity=8)
+    examples = [dspy.Example(text=f"sunny {n}", mood="bad").with_inputs("text") for n in range(30)]
+    with serve_in_background(teacher) as server:
+        changes = {"examples": examples, "metric": programs.right_mood, "samples": 2, "hints": True}
+        several = job(server, tmp_path, 0, **changes)
+        collect(several, ignore)
+    traces = list(several.traces())
+    assert len(traces) == 3 * 30
+    assert sum(trace.hinted for trace in traces) == 30
+    paid = several.paid()["self"]
+    assert paid.calls == teacher.said["reply"] == 90
+    assert paid.cost_usd > 0

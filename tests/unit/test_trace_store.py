@@ -29,13 +29,17 @@ values = st.recursive(
     max_leaves=5,
 )
 fields = st.dictionaries(st.text(), values, max_size=3)
+usages = st.builds(Usage, st.integers(), st.none() | st.integers(), st.none() | st.integers())
 traces = st.builds(
     Trace,
     key=st.text(),
     example_id=st.text(),
     calls=st.lists(st.builds(PredictorCall, st.none() | st.text(), fields, fields)).map(tuple),
     prediction=st.none() | fields,
-    usage=st.builds(Usage, st.integers(), st.none() | st.integers(), st.none() | st.integers()),
+    usage=usages,
+    usages=st.dictionaries(st.text(), usages, max_size=2),
+    sample=st.integers(0, 9),
+    hinted=st.booleans(),
     latency_s=st.floats(0, 10),
     score=st.none() | st.builds(Score, st.text(), st.none() | st.floats(0, 1), st.none()),
     failure=st.none()
