@@ -180,6 +180,9 @@ class Conductor:
             refusal = kind(message)
             self._failed_for_good(refusal)
             raise refusal from stopped
+        except CallPrevented as prevented:
+            self._failed_for_good(prevented)
+            raise
 
     @contextlib.contextmanager
     def _lane(self, lm: dspy.BaseLM) -> Iterator[float | None]:

@@ -5,7 +5,6 @@ A thin shell: what may be called when is ``limiter``; asking in batches is ``gat
 
 import contextlib
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from distill import cluster
 from distill.tracing.gate import Gate, Reply, Report
 from distill.tracing.limiter import Limiter
 from distill.tracing.permits import Bounds, Permit, Stop, Wait
-from serve.errors import TracingError
+from serve.errors import CallPrevented
 
 SILENT_S = 15.0
 """A process that says nothing for so long is dead; one that holds permits speaks up."""
@@ -74,6 +73,10 @@ class Governor:
             del self._seen[holder]
 
 
+_lasting: dict[tuple[str, str, str], Any] = {}
+"""Governors that outlive their job; an actor that nobody refers to is taken down by Ray."""
+
+
 @contextlib.contextmanager
 def governing(run: str, bounds: Bounds) -> Iterator[Any]:
     """The governor of a run, for one job of it.
@@ -85,19 +88,27 @@ def governing(run: str, bounds: Bounds) -> Iterator[Any]:
         run: What names the run.
         bounds: Those of the job.
     """
-    name = f"raydistill-governor-{hashlib.sha256(run.encode()).hexdigest()[:24]}"
-    try:
-        governor = ray.get_actor(name)
-        ray.get(governor.begin.remote(bounds))
-    except ValueError:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"name": name, "num_cpus": 0, "scheduling_strategy": here}
-        governor = ray.remote(Governor).options(**options).remote(bounds)
-    try:
-        yield governor
-    finally:
-        if bounds.requests_per_minute is None and bounds.tokens_per_minute is None:
+    if bounds.requests_per_minute is None and bounds.tokens_per_minute is None:
+        governor = _start(bounds)
+        try:
+            yield governor
+        finally:
             ray.kill(governor)
+        return
+    driver = ray.get_runtime_context()
+    # One driver may connect to several clusters, one after the other.
+    name = (run, driver.get_node_id(), driver.get_job_id())
+    if name in _lasting:
+        ray.get(_lasting[name].begin.remote(bounds))
+    else:
+        _lasting[name] = _start(bounds)
+    yield _lasting[name]
+
+
+def _start(bounds: Bounds) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(Governor).options(num_cpus=0, scheduling_strategy=here)
+    return remote.remote(bounds)
 
 
 def gate_to(governor: Any) -> Gate:
@@ -128,5 +139,5 @@ def _exchange(governor: Any, report: Report) -> Reply:
         # Not ray.get, which in an async actor warns of blocking the loop; this is a thread.
         reply: Reply = governor.exchange.remote(report).future().result()
     except RayError as error:
-        raise TracingError(f"The run's governor is gone: {error}. Run again.") from error
+        raise CallPrevented(f"The run's governor is gone: {error}. Run again.") from error
     return reply

@@ -136,12 +136,12 @@ class Pool:
         return [self._land(asked[answer]) for answer in ready]
 
     def _say_if_waiting(self) -> None:
-        """Say, once, that somebody else holds the room that actors need."""
+        """Say, once, why nothing happens: somebody else may hold the room that actors need."""
         if self._said or any(worker.is_up for worker in self.workers):
             return
         if time.monotonic() - self._since > SAY_AFTER_S:
             self._said = True
-            logger.warning("Waiting for room for tracing actors; the cluster has none to spare.")
+            logger.warning("No tracing actor is up yet: it starts, or waits for room in the cluster.")
 
     def _land(self, worker: Worker) -> Landed:
         try:

@@ -18,7 +18,7 @@ from distill.tracing.tracer import Tracer
 from examples.chat_prompts import read_prompt
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
 from serve.dspy_lm import governed
-from serve.errors import BudgetSpent, TeacherUnusable
+from serve.errors import BudgetSpent, CallPrevented, TeacherUnusable
 from tests import programs
 
 pytestmark = pytest.mark.dspy
@@ -257,6 +257,14 @@ def test_a_program_that_hides_a_call_that_was_not_made_has_failed(monkeypatch):
         trace = traced(Hiding(), lm, gate)
     assert (trace.failure.kind, trace.failure.type) == (FailureKind.TEACHER, "BudgetSpent")
     assert trace.usage.calls == 1
+
+
+def test_a_call_that_nobody_could_be_asked_about_is_not_the_programs_failure():
+    def gone(report):
+        raise CallPrevented("the governor is gone")
+
+    trace = traced(programs.build(), DummyLM([{"mood": "good"}]), Gate(gone))
+    assert (trace.failure.kind, trace.failure.type) == (FailureKind.TEACHER, "CallPrevented")
 
 
 def test_histories_turned_off_hide_no_cost(monkeypatch):
