@@ -141,7 +141,7 @@ class Pool:
             return
         if time.monotonic() - self._since > SAY_AFTER_S:
             self._said = True
-            logger.warning("No tracing actor is up yet: it starts, or waits for room in the cluster.")
+            logger.warning("No tracing actor is up yet; the cluster may have no room to spare.")
 
     def _land(self, worker: Worker) -> Landed:
         try:
