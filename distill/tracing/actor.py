@@ -163,7 +163,9 @@ class TraceActor:
             # Held until the trace is durable, so that no more than the slots can be lost.
             async with self._slots:
                 trace = await self._tracer_for(unit).trace(unit.key, unit.example)
-                trace = replace(trace, sample=unit.sample, hinted=unit.hinted)
+                trace = replace(
+                    trace, example_id=unit.example_id, sample=unit.sample, hinted=unit.hinted
+                )
                 await self._commit(trace)
         # A tracer keeps what the program raises; what gets here would be lost in the task.
         except Exception as error:

@@ -9,7 +9,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
-from distill.datasets import example_id
 from distill.tracing.actor import Acknowledgement, Assignment, outcome_of
 from distill.tracing.collection import Collection
 from distill.tracing.governor import governing
@@ -187,7 +186,7 @@ class _Dispatcher:
         failure = Failure(FailureKind.PROGRAM, "ActorDied", "the process that ran it died")
         trace = Trace(
             unit.key,
-            example_id(unit.example),
+            unit.example_id,
             calls=(),
             prediction=None,
             usage=Usage(),

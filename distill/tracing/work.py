@@ -38,6 +38,8 @@ class Unit:
 
     key: str
     example: dspy.Example
+    example_id: str
+    """As the driver tells it: of values without a JSON form, another process might tell another."""
     sample: int = 0
     hinted: bool = False
 
@@ -55,7 +57,7 @@ class Work:
     def __init__(
         self, examples: Mapping[str, dspy.Example], context: str, samples: int, hints: bool
     ) -> None:
-        self._examples = list(examples.values())
+        self._ids, self._examples = list(examples), list(examples.values())
         self._samples, self._width = samples, samples + hints
         self._keys = [
             _key(identity, context, variant, variant == samples)
@@ -131,7 +133,8 @@ class Work:
         number, variant = divmod(unit, self._width)
         hinted = variant == self._samples
         sample = 0 if hinted else variant
-        return Unit(self._keys[unit], self._examples[number], sample, hinted)
+        example, identity = self._examples[number], self._ids[number]
+        return Unit(self._keys[unit], example, identity, sample, hinted)
 
     def _open_hint(self, unit: int) -> None:
         first = unit - unit % self._width
