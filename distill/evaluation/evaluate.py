@@ -72,11 +72,13 @@ def scored_traces(job: Collection) -> list[Trace]:
     keys = job.keys()
     found = job.store.latest(keys)
     judge = (job.lm.judge or job.lm.make)()
-    return [
-        with_current_score(found[key], example, job.task, judge)
-        for key, example in keys.items()
-        if key in found
-    ]
+    traces = []
+    for key, example in keys.items():
+        if key in found:
+            trace = with_current_score(found[key], example, job.task, judge)
+            # The actor may know an example that has no JSON form by another id.
+            traces.append(dataclasses.replace(trace, example_id=example_id(example)))
+    return traces
 
 
 def for_student(task: Task) -> Task:

@@ -28,9 +28,9 @@ from distill.tracing.trace import (
     Usage,
     total_usage,
 )
-from distill.tracing.values import jsonable, revive_prediction
+from distill.tracing.values import as_shown, jsonable, revive_prediction
 from serve.dspy_lm import call_usage, is_lm_error, metered
-from serve.programs import as_prediction, runs_async
+from serve.programs import allow_threads, as_prediction, runs_async
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
@@ -70,6 +70,7 @@ class Tracer:
         override_lms: bool = False,
         judge: dspy.BaseLM | None = None,
     ) -> None:
+        allow_threads()
         self._task = task
         self._lm = metered(lm, _record)
         self._judge = judge or lm
@@ -149,7 +150,8 @@ class Tracer:
 
     def _call(self, predictor: Any, inputs: dict[str, Any], outputs: Any) -> PredictorCall:
         name = predictor.stage if predictor.stage in self._names else None
-        return PredictorCall(name, jsonable(inputs), jsonable(dict(outputs.items())))
+        shown = as_shown(inputs, predictor.signature.input_fields)
+        return PredictorCall(name, shown, jsonable(dict(outputs.items())))
 
 
 def judging(task: Task, judge: dspy.BaseLM) -> contextlib.AbstractContextManager[None]:
