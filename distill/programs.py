@@ -199,9 +199,15 @@ def _own_state(program: dspy.Module) -> dict[str, dict[str, Any]]:
 
 
 def metric_fingerprint(metric: Metric) -> str:
-    """Changes when the metric's code does, or what it holds of where it was defined."""
-    held = inspect.getclosurevars(metric).nonlocals if inspect.isfunction(metric) else {}
-    return fingerprint([code_of(metric), {name: plain(value) for name, value in held.items()}])
+    """Changes when the metric's code does, or what it uses of where it was defined."""
+    if not inspect.isfunction(metric):
+        return fingerprint(code_of(metric))
+    used = inspect.getclosurevars(metric)
+    around = {
+        name: code_of(value) if inspect.isfunction(value) else plain(value)
+        for name, value in {**used.globals, **used.nonlocals}.items()
+    }
+    return fingerprint([code_of(metric), around])
 
 
 def _is_dspys(kind: type) -> bool:
