@@ -11,6 +11,7 @@ from distill.fingerprints import code_of
 from distill.programs import (
     Task,
     check_inputs,
+    import_path,
     load_task,
     metric_fingerprint,
     program_fingerprint,
@@ -200,3 +201,12 @@ def test_code_without_source_is_known_by_what_it_does():
 
     assert code_of(made("a")) == code_of(made("a"))
     assert code_of(made("a")) != code_of(made("b"))
+
+
+def test_a_compiled_program_is_still_what_its_class_makes():
+    program = programs.TwoSteps()
+    before = program_fingerprint(task(program))
+    program._compiled = True
+    assert import_path(program) == "tests.programs:TwoSteps"
+    assert program_fingerprint(task(program)) == before
+    assert import_path(programs.Retrieving(passages=("snow",))) is None
