@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import cloudpickle
 import dspy
@@ -33,11 +33,19 @@ from serve.dspy_lm import lm_identity, model_name
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 
-if TYPE_CHECKING:
-    from distill.optimizer import RayBootstrapFinetune
-
-
 Key = tuple[Any, int | None]
+
+
+class Optimizer(Protocol):
+    """What is read off a ``RayBootstrapFinetune``; by LM where DSPy has it so."""
+
+    metric: Any
+    multitask: bool
+    train_kwargs: Mapping[Any, Any]
+    adapter: Mapping[Any, Any]
+    exclude_demos: bool
+    settings: Settings
+    finetune_lms: Any
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Plan:
 
 
 def make_plan(
-    optimizer: "RayBootstrapFinetune",
+    optimizer: Optimizer,
     student: dspy.Module,
     trainset: Sequence[dspy.Example],
     teacher: dspy.Module | Sequence[dspy.Module] | None,
@@ -190,9 +198,7 @@ def _make_task(program: dspy.Module, metric: Any) -> Task:
     return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric, carried_settings())
 
 
-def _make_groups(
-    optimizer: "RayBootstrapFinetune", student: dspy.Module
-) -> tuple[list[Group], list[Key]]:
+def _make_groups(optimizer: Optimizer, student: dspy.Module) -> tuple[list[Group], list[Key]]:
     """The fine-tunings, and which of them each predictor belongs to."""
     settings = optimizer.settings
     name = settings.name or type(student).__name__
@@ -234,9 +240,7 @@ def _student_lm(settings: Settings, model: str, name: str) -> dspy.LM:
     return dspy.LM(model_name(model), provider=provider)
 
 
-def _make_group(
-    optimizer: "RayBootstrapFinetune", key: Key, lms: Mapping[str, Any], prompts: Prompts
-) -> Group:
+def _make_group(optimizer: Optimizer, key: Key, lms: Mapping[str, Any], prompts: Prompts) -> Group:
     lm, settings = key[0], optimizer.settings
     # By the predictor's own LM as well: a user cannot name the one that is made here.
     candidates = (lm, *lms.values())
@@ -256,9 +260,9 @@ def _make_group(
     return group
 
 
-def _check_finetunable(optimizer: "RayBootstrapFinetune", group: Group, predictor: str) -> None:
+def _check_finetunable(optimizer: Optimizer, group: Group, predictor: str) -> None:
     # Whoever puts another method in the place of finetune_lms knows what that one can train.
-    if optimizer.finetune_lms is not type(optimizer).finetune_lms:
+    if optimizer.finetune_lms.__module__ != "distill.optimizer":
         return
     provider: Any = getattr(group.lm, "provider", None)
     if not getattr(provider, "finetunable", False):

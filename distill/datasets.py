@@ -48,8 +48,15 @@ def example_id(example: dspy.Example) -> str:
 
 
 def canonical_json(value: typing.Any) -> str:
-    """One text for equal values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, default=str)
+    """One text for equal values, whatever the order of their keys and elements."""
+    return json.dumps(value, sort_keys=True, default=_jsonable)
+
+
+def _jsonable(value: typing.Any) -> typing.Any:
+    # Sets have another order in each process.
+    if isinstance(value, set | frozenset):
+        return sorted(canonical_json(item) for item in value)
+    return str(value)
 
 
 def is_dev(identity: str) -> bool:

@@ -14,6 +14,9 @@ from typing import Any
 
 from distill.datasets import canonical_json
 
+# What was asked so far, and DSPy's mark on what an optimizer has seen: neither changes an answer.
+_NO_STATE = {"history", "_compiled"}
+
 
 def fingerprint(value: Any) -> str:
     """A short hash of JSON values."""
@@ -23,7 +26,7 @@ def fingerprint(value: Any) -> str:
 def state_of(thing: Any) -> dict[str, Any]:
     """A thing's attributes: their values where these have a JSON form, else their types."""
     state = getattr(thing, "__dict__", {})
-    return {name: plain(value) for name, value in state.items() if name != "history"}
+    return {name: plain(value) for name, value in state.items() if name not in _NO_STATE}
 
 
 def plain(value: Any) -> Any:

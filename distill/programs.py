@@ -5,6 +5,7 @@ Importing and building the program is ``serve.programs``.
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from distill.fingerprints import code_of, fingerprint, plain, state_of
 from serve.dspy_lm import lm_identity
 from serve.errors import ConfigurationError
 from serve.programs import build_program, describe_signature, entry_point, import_object
+
+logger = logging.getLogger(__name__)
 
 Metric = Callable[..., Any]
 
@@ -95,10 +98,13 @@ def import_path(program: dspy.Module) -> str | None:
         inspect.signature(kind).bind()
         fresh = kind()
     # A constructor is the user's code; one that wants more than nothing is no factory.
-    except Exception:
+    except Exception as error:
+        logger.info("%s() makes no program, so none is served: %s", kind.__qualname__, error)
         return None
-    same = _own_state(fresh) == _own_state(program)
-    return f"{kind.__module__}:{kind.__qualname__}" if same else None
+    if _own_state(fresh) != _own_state(program):
+        logger.info("%s() makes another program, so none is served.", kind.__qualname__)
+        return None
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def carried_settings() -> dict[str, Any]:
@@ -199,9 +205,15 @@ def _own_state(program: dspy.Module) -> dict[str, dict[str, Any]]:
 
 
 def metric_fingerprint(metric: Metric) -> str:
-    """Changes when the metric's code does, or what it holds of where it was defined."""
-    held = inspect.getclosurevars(metric).nonlocals if inspect.isfunction(metric) else {}
-    return fingerprint([code_of(metric), {name: plain(value) for name, value in held.items()}])
+    """Changes when the metric's code does, or what it uses of where it was defined."""
+    if not inspect.isfunction(metric):
+        return fingerprint(code_of(metric))
+    used = inspect.getclosurevars(metric)
+    around = {
+        name: code_of(value) if inspect.isfunction(value) else plain(value)
+        for name, value in {**used.globals, **used.nonlocals}.items()
+    }
+    return fingerprint([code_of(metric), around])
 
 
 def _is_dspys(kind: type) -> bool:

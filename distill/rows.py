@@ -129,8 +129,6 @@ def stream_rows(
             prompt = prompts.get(call.predictor or "")
             if prompt is None:
                 counts.unknown_predictor += 1
-            elif _lacks_output(call, prompt[0], adapter):
-                counts.missing_output += 1
             elif row := _render(call, *prompt, adapter, trace.example_id, counts):
                 yield counts.counted(fold_row(row, folding) if folding else row)
 
@@ -161,22 +159,24 @@ def _render(
         counts.unrenderable[f"{type(error).__name__}: {error}"] += 1
         logger.warning("A call of %s cannot be rendered: %s", call.predictor, error)
         return None
+    if _says_none(call, answer, signature, adapter):
+        counts.missing_output += 1
+        return None
     messages = [*prompt, {"role": "assistant", "content": answer}]
     return Row(messages, call.predictor or "", example_id, folded=False)
 
 
-def _lacks_output(
-    call: PredictorCall, signature: type[dspy.Signature], adapter: dspy.Adapter
+def _says_none(
+    call: PredictorCall, answer: str, signature: type[dspy.Signature], adapter: dspy.Adapter
 ) -> bool:
-    """Whether an output is None and would be rendered as a text that says so."""
+    """Whether an output is None and the answer has a text for it, which would be learned."""
     empty = [name for name in signature.output_fields if call.outputs.get(name) is None]
     if not empty:
         return False
-    outputs = revive(call.outputs, signature.output_fields)
     try:
-        answer = adapter.format_assistant_message_content(signature, outputs)
         read: dict[str, Any] = adapter.parse(signature, answer)
-    # An adapter that cannot read its own answer raises what it likes.
-    except Exception:
+    # What cannot be read back is no None either; each adapter raises what it likes.
+    except Exception as error:
+        logger.debug("An answer of %s without %s does not parse: %s", call.predictor, empty, error)
         return True
     return any(read.get(name) is not None for name in empty)

@@ -1,17 +1,44 @@
-"""Ray's handle to a launched student, as something that completes chats.
+"""Launched students as seen by those who ask them: by name, through Ray's handle.
 
-Owns the translation of what Ray raises into what the request itself has run into.
+Owns the applications' names, and the translation of what Ray raises into what the request
+itself has run into. Launching is ``launch``.
 """
 
+import hashlib
+
+import ray
+import ray.serve
 from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
 from ray.serve.handle import DeploymentHandle
 
 from serve.engines.base import ChatRequest, ChatResult, Complete, Overloaded, RequestError
+from serve.models import full_name
+
+APP_PREFIX = "raydistill-student-"
 
 
 class Gone(Overloaded):
     """The student was launched and no longer is."""
+
+
+def app_name(student: str) -> str:
+    """The application of a student, by the student's full name."""
+    return APP_PREFIX + hashlib.sha256(student.encode()).hexdigest()[:16]
+
+
+def handle(student: str) -> DeploymentHandle | None:
+    """The handle to a launched student; None if it is not, as seen from this process."""
+    if not ray.is_initialized():
+        return None
+    try:
+        return ray.serve.get_app_handle(app_name(full_name(student)))
+    except RayServeException:
+        return None
 
 
 def completing(student: DeploymentHandle) -> Complete:

@@ -1,10 +1,9 @@
 """Launched students: each an application of its own on Ray Serve, reached by its handle.
 
-Owns the applications' names, and that what the first launch starts the last kill stops. How
-callers find a launched student is for ``reach``; a student with HTTP in front is ``app``'s.
+Owns that what the first launch starts the last kill stops. How callers find a launched student
+is for ``handles`` and ``reach``; a student with HTTP in front is ``app``'s.
 """
 
-import hashlib
 import logging
 import os
 import threading
@@ -14,17 +13,14 @@ from typing import Any
 import pydantic
 import ray
 import ray.serve
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
 from serve import deployments, reach, running
 from serve.deployments import Scale
 from serve.errors import ConfigurationError
+from serve.handles import APP_PREFIX, app_name, handle
 from serve.models import check_model, full_name
 
 logger = logging.getLogger(__name__)
-
-APP_PREFIX = "raydistill-student-"
 
 _lock = threading.RLock()
 _started = ExitStack()
@@ -57,8 +53,8 @@ def launch(student: str, **scale: Any) -> None:
             cpus = deployments.STUDENT_CPUS
             deployments.check_room(replicas, options, cpus, "replicas of launched students")
             running.start_serve(_started, "Disabled")
-            failed.callback(running.delete, _app_name(name))
-            running.deploy(deployments.student(options, name), _app_name(name), None, name)
+            failed.callback(running.delete, app_name(name))
+            running.deploy(deployments.student(options, name), app_name(name), None, name)
             logger.info("launched %s", name)
         failed.pop_all()
     # Whoever had it loaded into this process asks the launched one from now on.
@@ -73,19 +69,9 @@ def kill(student: str) -> None:
         if os.environ.get("RAY_ADDRESS"):
             running.connect(connected)
         if ray.is_initialized():
-            running.delete(_app_name(name))
+            running.delete(app_name(name))
             _stop_if_idle()
     reach.forget(name)
-
-
-def handle(student: str) -> DeploymentHandle | None:
-    """The handle to a launched student; None if it is not, as seen from this process."""
-    if not ray.is_initialized():
-        return None
-    try:
-        return ray.serve.get_app_handle(_app_name(full_name(student)))
-    except RayServeException:
-        return None
 
 
 def _stop_if_idle() -> None:
@@ -103,10 +89,6 @@ def _num_replicas() -> int:
         if name.startswith(APP_PREFIX)
         for deployment in application.deployments.values()
     )
-
-
-def _app_name(student: str) -> str:
-    return APP_PREFIX + hashlib.sha256(student.encode()).hexdigest()[:16]
 
 
 def _scale(given: dict[str, Any]) -> Scale:

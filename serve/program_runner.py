@@ -13,7 +13,7 @@ import dspy
 
 from serve.dspy_lm import student_adapter, student_lm
 from serve.engines.base import Complete
-from serve.programs import as_prediction, runs_async
+from serve.programs import allow_threads, as_prediction, runs_async
 from serve.schema import Form, input_form, output_form, to_json
 from serve.student import load_student
 
@@ -32,6 +32,7 @@ class ProgramRunner:
     """
 
     def __init__(self, student_dir: str, complete: Complete, concurrency: int, name: str) -> None:
+        allow_threads()
         student = load_student(student_dir)
         manifest = student.manifest
         self._program = student.program

@@ -8,10 +8,12 @@ import importlib
 import inspect
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pydantic
+import tqdm
 
 from serve.errors import ConfigurationError
 
@@ -81,6 +83,23 @@ def as_prediction(returned: Any) -> "dspy.Prediction":
     if isinstance(returned, dspy.Prediction):
         return returned
     return dspy.Prediction(**{RETURNED: returned})
+
+
+def allow_threads() -> None:
+    """Let programs that use ``dspy.Parallel`` run in several threads of this process at once.
+
+    It empties tqdm's set of progress bars before it begins, and with it those of the other
+    threads, which then fail with ``KeyError: <weakref ... to 'tqdm'>``.
+    """
+    if not isinstance(tqdm.tqdm._instances, _Bars):
+        tqdm.tqdm._instances = _Bars()
+
+
+class _Bars(weakref.WeakSet[Any]):
+    """Progress bars, each of which takes itself out at its end."""
+
+    def clear(self) -> None:
+        """Leave them in."""
 
 
 def runs_async(program: "dspy.Module") -> bool:

@@ -90,8 +90,7 @@ def _launched(student: str) -> Reached | None:
     # What is connected to Ray has imported it.
     if "ray" not in sys.modules:
         return None
-    from serve.handles import Gone, completing
-    from serve.launch import handle
+    from serve.handles import Gone, completing, handle
 
     launched = handle(student)
     if launched is None:

@@ -32,10 +32,10 @@ from distill.tracing.trace import (
     Usage,
     total_usage,
 )
-from distill.tracing.values import jsonable, revive_prediction
+from distill.tracing.values import as_shown, jsonable, revive_prediction
 from serve.dspy_lm import LmFailure, governed, is_lm_error, lm_failure
 from serve.errors import CallPrevented
-from serve.programs import as_prediction, runs_async
+from serve.programs import allow_threads, as_prediction, runs_async
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
@@ -89,6 +89,7 @@ class Tracer:
         gate: Gate | None = None,
         calls: CallSettings | None = None,
     ) -> None:
+        allow_threads()
         self._task = task
         conductor = Conductor(
             gate or OpenGate(), calls or CallSettings(), self._record, _record_error
@@ -174,8 +175,8 @@ class Tracer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
 
     def _call(self, predictor: Any, inputs: dict[str, Any], outputs: Any) -> PredictorCall:
-        name = self._name(predictor)
-        return PredictorCall(name, jsonable(inputs), jsonable(dict(outputs.items())))
+        shown = as_shown(inputs, predictor.signature.input_fields)
+        return PredictorCall(self._name(predictor), shown, jsonable(dict(outputs.items())))
 
     def _name(self, module: Any) -> str | None:
         stage = getattr(module, "stage", None)

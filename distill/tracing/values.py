@@ -4,6 +4,7 @@ A trace keeps JSON values, as DSPy's adapters would write them; rows and metrics
 values' own types again.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,30 @@ def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: serialize_for_json(value) for name, value in values.items()}
 
 
+def as_shown(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs as JSON values that adapters write into a prompt as they write the inputs.
+
+    Where text is expected they write a list in one way, item by item, and every other
+    collection in another.
+    """
+    shown = jsonable(values)
+    for name, value in shown.items():
+        if name not in fields or fields[name].annotation is not str or not isinstance(value, list):
+            continue
+        given = values[name]
+        if isinstance(given, list):
+            pairs = zip(value, given, strict=True)
+            shown[name] = [plain if plain == item else str(item) for plain, item in pairs]
+        else:
+            shown[name] = json.dumps(value, ensure_ascii=False)
+    return shown
+
+
 def revive(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values as their fields' types; one that does not fit its type stays as it is."""
+    """JSON values as their fields' types.
+
+    One that does not fit its type, or would be written in another way, stays as it is.
+    """
     return {
         name: _validated(value, fields[name].annotation) if name in fields else value
         for name, value in values.items()
@@ -41,7 +64,9 @@ def revive_prediction(values: Mapping[str, Any], program: dspy.Module) -> Any:
 
 def _validated(value: Any, annotation: Any) -> Any:
     try:
-        return pydantic.TypeAdapter(annotation).validate_python(value)
+        revived = pydantic.TypeAdapter(annotation).validate_python(value)
     except _UNFIT:
         # Adapters write plain JSON values as well; the type was a hint to them.
         return value
+    # As a float, 5 would be written 5.0, which is not what was in the prompt.
+    return revived if json.dumps(serialize_for_json(revived)) == json.dumps(value) else value

@@ -12,7 +12,7 @@ from distill import RayBootstrapFinetune, RayProvider
 from distill.config import ScratchConfig
 from distill.training.base_model import make_scratch
 from examples.standin_teacher import serve_in_background
-from serve import launch
+from serve import handles
 from serve.dspy_lm import model_name, student_of
 from tests.optimizing import DSPY, make_lm
 from tests.programs import Sentiment, TwoSteps, right_mood
@@ -128,7 +128,7 @@ def test_a_student_of_each_step_answers_after_all(together):
 def test_nothing_stays_launched(together):
     _, made = together
     for strategy in ("p -> w", "p -> w -> w"):
-        assert launch.handle(student_of(made[strategy].lm.model)) is None
+        assert handles.handle(student_of(made[strategy].lm.model)) is None
 
 
 def test_dspys_own_bootstrap_finetune_trains_on_ray(teacher, tmp_path):

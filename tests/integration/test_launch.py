@@ -10,7 +10,7 @@ import pytest
 import ray
 import ray.serve
 
-from serve import cluster, launch
+from serve import cluster, handles, launch
 from serve.dspy_lm import is_lm_error, model_name
 from serve.errors import ConfigurationError, StudentError
 from tests import tiny_student
@@ -74,7 +74,7 @@ def applications():
 
 def asked(student):
     """How many requests the launched student has answered."""
-    answered = launch.handle(str(student)).status.remote().result(timeout_s=60)
+    answered = handles.handle(str(student)).status.remote().result(timeout_s=60)
     return sum(answered.values())
 
 
@@ -90,7 +90,7 @@ def test_a_launched_student_answers_on_ray_until_it_is_killed(student_dir):
     for _ in range(2):
         launch.kill(str(student_dir))
     assert not ray.is_initialized()
-    assert launch.handle(str(student_dir)) is None
+    assert handles.handle(str(student_dir)) is None
     assert program(text=TEXT).toDict() == here
 
 

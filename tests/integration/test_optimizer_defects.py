@@ -31,28 +31,14 @@ from tests.optimizing import (
 )
 from tests.programs import Raising, Sentiment
 
-pytestmark = [pytest.mark.integration, pytest.mark.dspy]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.dspy,
+    pytest.mark.usefixtures("local_ray"),
+]
 
 TRAINSET = texts("sunny day 1", "grey day 2", "boom, it was cold", "clear", "rainy day 5")
 GOOD = [example for example in TRAINSET if "boom" not in example.text]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def oracle():
-    return Oracle()
-
-
-@pytest.fixture
-def lm(oracle):
-    with serve_in_background(oracle) as server:
-        yield make_lm(server)
 
 
 def stock(**options):

@@ -8,7 +8,6 @@ import json
 
 import dspy
 import pytest
-import ray
 
 from examples.standin_teacher import serve_in_background
 from tests import optimizer_programs as programs
@@ -25,32 +24,13 @@ from tests.optimizing import (
 )
 from tests.runs import mood_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.dspy]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.dspy,
+    pytest.mark.usefixtures("local_ray"),
+]
 
 DAYS = texts("sunny day 1", "grey day 2", "it was cold")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def oracle():
-    return Oracle()
-
-
-@pytest.fixture
-def server(oracle):
-    with serve_in_background(oracle) as server:
-        yield server
-
-
-@pytest.fixture
-def lm(server):
-    return make_lm(server)
 
 
 def pipeline_calls(program, examples):

@@ -10,37 +10,17 @@ import pytest
 import ray
 from dspy.teleprompt import BootstrapFewShot
 
-from examples.standin_teacher import serve_in_background
-from tests.optimizing import Calls, Oracle, make_lm, only, texts, trained
+from tests.optimizing import Calls, make_lm, only, texts, trained
 from tests.programs import Sentiment, TwoSteps
 from tests.runs import ROOT, environment, mood_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.dspy]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.dspy,
+    pytest.mark.usefixtures("local_ray"),
+]
 
 DAYS = texts("sunny day 1", "grey day 2", "it was cold")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def oracle():
-    return Oracle()
-
-
-@pytest.fixture
-def server(oracle):
-    with serve_in_background(oracle) as server:
-        yield server
-
-
-@pytest.fixture
-def lm(server):
-    return make_lm(server)
 
 
 def calls_over(program, examples):

@@ -2,13 +2,16 @@
 
 import copy
 import functools
+import sys
 
 import dspy
 import pytest
 
+from distill.fingerprints import code_of
 from distill.programs import (
     Task,
     check_inputs,
+    import_path,
     load_task,
     metric_fingerprint,
     program_fingerprint,
@@ -169,3 +172,41 @@ def test_comments_and_docstrings_of_a_metric_change_nothing_and_its_code_does():
     plain = metric_fingerprint(Plain.same_mood)
     assert metric_fingerprint(Documented.same_mood) == plain
     assert metric_fingerprint(Changed.same_mood) != plain
+
+
+LEAST = 1
+
+
+def long_enough(example, prediction, trace=None):
+    return len(prediction.mood) >= LEAST
+
+
+def test_what_a_metric_uses_of_its_module_is_part_of_it(monkeypatch):
+    before = metric_fingerprint(long_enough)
+    assert metric_fingerprint(long_enough) == before
+    monkeypatch.setattr(sys.modules[__name__], "LEAST", 2)
+    assert metric_fingerprint(long_enough) != before
+
+
+def test_lambdas_of_one_line_are_different_metrics():
+    one, other = lambda gold, pred, trace=None: gold.a, lambda gold, pred, trace=None: gold.b
+    assert metric_fingerprint(one) != metric_fingerprint(other)
+
+
+def test_code_without_source_is_known_by_what_it_does():
+    def made(attribute):
+        scope = {}
+        exec(f"class Made:\n    def forward(self):\n        return self.{attribute}", scope)
+        return scope["Made"]
+
+    assert code_of(made("a")) == code_of(made("a"))
+    assert code_of(made("a")) != code_of(made("b"))
+
+
+def test_a_compiled_program_is_still_what_its_class_makes():
+    program = programs.TwoSteps()
+    before = program_fingerprint(task(program))
+    program._compiled = True
+    assert import_path(program) == "tests.programs:TwoSteps"
+    assert program_fingerprint(task(program)) == before
+    assert import_path(programs.Retrieving(passages=("snow",))) is None
