@@ -1,13 +1,7 @@
 """Training on a real local Ray with real DeepSpeed, two workers on two CPUs."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,34 +9,19 @@ import pytest
 import ray
 import torch
 import torch.nn.functional as F
-from ray.util.placement_group import (
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.config import StudentConfig, TrainConfig
 from distill.training.batches import plan_epoch
 from distill.training.encoding import encode
 from distill.training.engine import parameter_groups
-from distill.training.job import train
 from distill.training.mailbox import run_with_events
 from distill.training.schedule import learning_rate_factor
-from serve.errors import TrainingCancelled, TrainingError
+from serve.errors import TrainingError
+from tests.training_runs import COLOURS, row, run, write_rows
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
-REPOSITORY = Path(__file__).parents[2]
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-SCRATCH = StudentConfig(scratch={**SIZES, "dropout": 0.0})
-WITH_DROPOUT = StudentConfig(scratch={**SIZES, "dropout": 0.1})
 EPOCHS = 12
 LEARNING = {
     "num_train_epochs": EPOCHS,
@@ -51,58 +30,6 @@ LEARNING = {
     "prompt_loss_weight": 0.0,
     "logging_steps": 1,
 }
-COLOURS = ["red", "green", "blue", "yellow"]
-
-
-def row(number):
-    colour = COLOURS[number % 4]
-    question = f"{' please' * (number % 7)} paint item {number}¦{colour}"
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": colour},
-    ]
-    return {"messages": messages, "predictor": "p", "example_id": str(number), "folded": True}
-
-
-def write_rows(folder, num_rows=50, num_val_rows=10):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, numbers in (
-        ("train", range(num_rows)),
-        ("val", range(num_rows, num_rows + num_val_rows)),
-    ):
-        lines = [json.dumps(row(number)) + "\n" for number in numbers]
-        (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-
-
-def never():
-    return False
-
-
-def run(
-    folder, student=SCRATCH, on_event=lambda event: None, name="run", cancelled=never, **settings
-):
-    defaults = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "logging_steps": 2}
-    return train(
-        train_rows=str(folder / "train.jsonl"),
-        val_rows=str(folder / "val.jsonl"),
-        student=student,
-        train=TrainConfig(**defaults | settings),
-        storage=str(folder / "checkpoints"),
-        name=name,
-        on_event=on_event,
-        cancelled=cancelled,
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    started = not ray.is_initialized()
-    if started:
-        environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY)}}
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-    yield
-    if started:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -285,139 +212,3 @@ def test_an_error_of_the_callback_reaches_the_caller():
 
 def test_the_first_interrupt_still_reaches_the_caller_after_training(trained):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_without_saving_on_the_way_a_run_starts_anew_and_its_last_student_is_the_result(tmp_path):
-    write_rows(tmp_path, num_rows=200)
-    settings = {"save_strategy": "no", "num_train_epochs": 15}
-    told, again = threading.Event(), []
-
-    def cancel_after_the_first_epoch(event):
-        if event["epoch"] == 2:
-            told.set()
-
-    with pytest.raises(TrainingCancelled):
-        run(tmp_path, on_event=cancel_after_the_first_epoch, cancelled=told.is_set, **settings)
-    assert checkpoints(tmp_path) == []
-    result = run(tmp_path, on_event=again.append, **settings)
-    assert again[0]["step"] == 0
-    assert [epoch["epoch"] for epoch in result.history] == list(range(1, 16))
-    assert result.best_epoch == 15
-    assert len(checkpoints(tmp_path)) == 1
-
-
-def checkpoints(folder):
-    return [path for path in (folder / "checkpoints" / "run").glob("checkpoint_*") if path.is_dir()]
-
-
-def test_a_job_in_a_thread_is_cancelled_together_and_goes_on_when_called_again(tmp_path):
-    write_rows(tmp_path, num_rows=200)
-    settings = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 4}
-    events, told = [], threading.Event()
-
-    def note(event):
-        events.append(event)
-        if event["step"] > 6:
-            told.set()
-
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(run, tmp_path, on_event=note, cancelled=told.is_set, **settings)
-        with pytest.raises(TrainingCancelled, match=r"after step \d+"):
-            job.result()
-        wait_until_free()
-        again = []
-        finished = pool.submit(run, tmp_path, on_event=again.append, **settings).result()
-    assert events[-1]["step"] < finished.steps
-    # Steps that are saved: every fifth, and the last of each epoch of 13.
-    assert again[0]["step"] in {5, 10, 13, 15, 20, 25, 26, 30, 35, 39, 40, 45, 50}
-    assert again[0]["step"] <= events[-1]["step"] + 1
-    assert len(finished.history) == 4
-
-
-def test_a_job_that_waits_for_room_can_be_cancelled_and_asks_for_nothing_any_more(tmp_path):
-    write_rows(tmp_path)
-    wait_until_free()
-    taken = placement_group([{"CPU": 2}])
-    ray.get(taken.ready())
-    answers = iter([False, False, True])
-    try:
-        with pytest.raises(TrainingCancelled, match="before its workers"):
-            run(tmp_path, cancelled=lambda: next(answers))
-    finally:
-        remove_placement_group(taken)
-    wait_until_free()
-    states = [group["state"] for group in placement_group_table().values()]
-    assert set(states) == {"REMOVED"}
-
-
-def wait_until_free():
-    """Wait until both CPUs are free; Ray takes a moment to say so."""
-    deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU", 0) < 2:
-        assert time.monotonic() < deadline, ray.available_resources()
-        time.sleep(0.1)
-
-
-KILLED = """
-import os, signal, sys
-import ray
-from pathlib import Path
-sys.path[:0] = [{repository!r}, {tests!r}]
-from test_training import WITH_DROPOUT, run
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
-         runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}}}}})
-def die(event):
-    if event["event"] == "train_step" and event["step"] >= {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-run(Path({folder!r}), WITH_DROPOUT, on_event=die, **{settings!r})
-"""
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "step", "first_steps", "strategy"),
-    [
-        # Epochs of 7 steps, killed in the second.
-        (50, 8, {8, 15}, {"num_train_epochs": 3}),
-        # An epoch of 100 steps, far from its end when it is killed.
-        (
-            800,
-            21,
-            {21, 41, 61},
-            {"save_strategy": "steps", "save_steps": 20, "num_train_epochs": 1},
-        ),
-    ],
-    ids=["epoch", "steps"],
-)
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
-    tmp_path, num_rows, step, first_steps, strategy
-):
-    settings = {"logging_steps": 1, "per_device_train_batch_size": 4, **strategy}
-    write_rows(tmp_path / "killed", num_rows)
-    write_rows(tmp_path / "whole", num_rows)
-    script = KILLED.format(
-        repository=str(REPOSITORY),
-        tests=str(Path(__file__).parent),
-        folder=str(tmp_path / "killed"),
-        step=step,
-        settings=settings,
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    killed = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, timeout=300
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    events = []
-    resumed = run(tmp_path / "killed", WITH_DROPOUT, on_event=events.append, **settings)
-    whole = run(tmp_path / "whole", WITH_DROPOUT, **settings)
-    assert events[0]["step"] + 1 in first_steps
-    measured = ("epoch", "train_loss", "val_loss", "val_exact")
-    histories = [
-        [{key: epoch[key] for key in measured} for epoch in result.history]
-        for result in (resumed, whole)
-    ]
-    assert histories[0] == histories[1]
-    weights = [
-        AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=torch.float32).state_dict()
-        for result in (resumed, whole)
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
