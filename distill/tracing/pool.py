@@ -13,7 +13,7 @@ from typing import Any
 
 import cloudpickle
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from distill.tracing.actor import Acknowledgement, Assignment, TraceActor
 from distill.tracing.work import Unit
@@ -149,6 +149,9 @@ class Pool:
         except RayTaskError as error:
             raise _as_ours(error) from error
         except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                # The next one would not start either.
+                raise _not_started(error) from error
             self._remove(worker)
             return Landed(worker, lost=error)
         worker.answer, worker.is_up = None, True
@@ -158,6 +161,15 @@ class Pool:
     def _remove(self, worker: Worker) -> None:
         self.workers.remove(worker)
         ray.kill(worker.actor)
+
+
+def _not_started(error: RayActorError) -> TracingError:
+    cause = str(error).strip().splitlines()[-1].strip()
+    return TracingError(
+        f"A tracing actor cannot start: {cause}. Every node needs raydistill, DSPy and what the "
+        "program imports, in the versions that are here: install them there, or name them in "
+        "Ray's runtime_env."
+    )
 
 
 def _as_ours(error: RayTaskError) -> DistillError:

@@ -1,6 +1,7 @@
 """Collecting on real Ray actors: durable, resumable, and stopped where it should."""
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -210,6 +211,23 @@ def test_an_example_that_kills_its_actor_each_time_is_recorded_as_failed(tmp_pat
         before = teacher.calls
         collect(deadly, ignore)
     assert teacher.calls == before
+
+
+class OnlyHere:
+    """Means something to this process and to no other."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("only_here",)
+
+
+def test_what_no_actor_can_import_ends_the_run_at_once(tmp_path):
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        lost = job(server, tmp_path, TEXTS)
+        lost = dataclasses.replace(lost, lm=dataclasses.replace(lost.lm, judge=OnlyHere()))
+        with pytest.raises(TracingError, match=r"cannot start: .*'only_here'\. Every node needs"):
+            collect(lost, ignore)
+    assert teacher.calls == 0
 
 
 def test_the_pool_grows_to_what_fits_and_does_not_wait_for_more(tmp_path):
