@@ -30,6 +30,7 @@ class Settings:
     prompt: str
     scratch: ScratchConfig
     trace: TraceConfig
+    num_threads: int | None
     storage: str
     name: str | None
     strict_compat: bool
@@ -53,14 +54,10 @@ class Settings:
         tracing: TraceConfig = validated(
             TraceConfig, {"max_failure_rate": MAX_FAILURE_RATE, **(trace or {})}, "trace"
         )
-        if num_threads is not None:
-            if num_threads < 1:
-                raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
-            actors = min(tracing.max_actors, num_threads)
-            spread = {"actors": actors, "concurrency": num_threads // actors}
-            tracing = tracing.model_copy(update=spread)
+        if num_threads is not None and num_threads < 1:
+            raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
         sizes = validated(ScratchConfig, scratch or {}, "scratch")
-        return cls(scratch=sizes, trace=tracing, **plain)
+        return cls(scratch=sizes, trace=tracing, num_threads=num_threads, **plain)
 
 
 def check_program(student: Any) -> None:

@@ -88,6 +88,7 @@ class Plan:
         groups: Trained one after the other.
         keys: The group of each predictor of the student, in the program's order.
         trainset, valset: Examples to trace.
+        num_threads: How many of them are in flight; None is as ``trace`` says.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Plan:
     trainset: Sequence[dspy.Example]
     valset: Sequence[dspy.Example]
     trace: TraceConfig
+    num_threads: int | None
     student: Task
     exclude_demos: bool
     strict_compat: bool
@@ -112,7 +114,7 @@ class Plan:
         Raises:
             ConfigurationError: More workers or actors are asked for than fit.
         """
-        trace = preflight.fitted_actors(self.trace)
+        trace = preflight.fitted_actors(self.trace, self.num_threads)
         preflight.check_actors(trace)
         for group in self.groups:
             if trains_here(group.lm):
@@ -160,6 +162,7 @@ def make_plan(
         trainset=trainset,
         valset=valset or (),
         trace=trace,
+        num_threads=settings.num_threads,
         student=_make_task(student, optimizer.metric),
         exclude_demos=optimizer.exclude_demos,
         strict_compat=settings.strict_compat,

@@ -1,10 +1,11 @@
 """Traces and chats that were recorded elsewhere, as rows beside those of the run.
 
 A file is JSON lines, each ``{"messages": [...]}`` as OpenAI's fine-tuning takes them, or a
-trace as ``raydistill traces --export`` writes it. Every line is checked before the first
-teacher call; a message of an error names file and line.
+trace as ``raydistill traces --export`` writes it; one that was rejected there is passed over.
+Every line is checked before the first teacher call; a message of an error names file and line.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -29,17 +30,7 @@ def check(files: Sequence[str]) -> None:
     """
     for file in files:
         if not sum(1 for _ in _records(file)):
-            raise ConfigurationError(f"trace.import: {file} holds nothing.")
-
-
-def read(files: Sequence[str]) -> Iterator[Row | Trace]:
-    """What the files hold, in their order.
-
-    Raises:
-        ConfigurationError: As ``check``.
-    """
-    for file in files:
-        yield from _records(file)
+            raise ConfigurationError(f"trace.import: {file} holds nothing to learn from.")
 
 
 def rows(
@@ -48,19 +39,22 @@ def rows(
     counts: RowCounts,
     folding: Folding | None,
 ) -> Iterator[Row]:
-    """The rows of the files: chats as they are or folded, finished traces rendered.
+    """The rows of the files, in their order: chats as they are or folded, traces rendered.
 
     Args:
         files: As ``trace.import`` names them.
         render: Renders traces, and counts their rows.
         counts: Counts all that is imported.
         folding: None leaves the prompts full.
+
+    Raises:
+        ConfigurationError: As ``check``.
     """
-    for record in read(files):
+    for record in itertools.chain.from_iterable(map(_records, files)):
         if isinstance(record, Row):
             found = [counts.counted(fold_row(record, folding) if folding else record)]
         else:
-            found = [] if record.failure else list(render([record]))
+            found = list(render([record]))
         counts.imported += len(found)
         yield from found
 
@@ -69,13 +63,16 @@ def _records(file: str) -> Iterator[Row | Trace]:
     try:
         with fsspec.open(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _record(f"trace.import: {file}, line {number}", line)
+                if not line.strip():
+                    continue
+                record = _record(f"trace.import: {file}, line {number}", line)
+                if record is not None:
+                    yield record
     except (OSError, ImportError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"trace.import: {file} cannot be read: {error}") from None
 
 
-def _record(where: str, line: str) -> Row | Trace:
+def _record(where: str, line: str) -> Row | Trace | None:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -84,12 +81,14 @@ def _record(where: str, line: str) -> Row | Trace:
         return _chat(where, record["messages"])
     if isinstance(record, dict) and "calls" in record:
         try:
-            return Trace.from_json({k: v for k, v in record.items() if k != "rejected"})
+            rejected = record.pop("rejected", None)
+            trace = Trace.from_json(record)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"{where}: is not a trace ({type(error).__name__}: {error}). Expected what "
                 "raydistill traces --export writes."
             ) from None
+        return None if rejected or trace.failure else trace
     raise ConfigurationError(
         f'{where}: expected {{"messages": [...]}} or a trace, found {line.strip()[:100]}.'
     )

@@ -7,18 +7,16 @@ configuration, so that the answer is the one that its rows are made by.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distill import pipeline, preflight
-from distill.config import RunConfig, TraceConfig
-from distill.config_file import explain
+from distill import compile_record, pipeline, preflight
+from distill.config import RunConfig
+from distill.config_file import validated
 from distill.progress import ProgressReporter
 from distill.rundir import RunDir
 from distill.selection import verdicts
@@ -70,19 +68,19 @@ def judged_traces(directory: RunDir, progress: ProgressReporter) -> Iterator[Jud
     """
     record = directory.read_json("config.json")
     if record is not None:
-        config = _read_config(directory, record)
+        config = validated(RunConfig, record, directory.join("config.json"))
         task, train, dev = preflight.load_traced(config)
         inputs = preflight.Inputs(task, train, dev, test=(), folding=None)
         run = pipeline.Run(config, inputs, directory, progress)
         has_metric, bounds = task.metric is not None, config.trace
         traces = pipeline.teacher_job(run).traces()
     else:
-        # A compile leaves no configuration; what its teachers were scored by is in the traces.
-        has_metric, bounds, traces = False, TraceConfig(), _all_traces(directory)
+        compiled = compile_record.read(directory)
+        has_metric, bounds = compiled.has_metric, compiled.trace
+        traces = TraceStore(directory.join("traces")).read(compiled.keys)
     for _, group in itertools.groupby(traces, key=lambda trace: trace.example_id):
         runs = list(group)
-        scored = has_metric or any(trace.score for trace in runs)
-        yield from zip(runs, verdicts(runs, bounds, scored), strict=True)
+        yield from zip(runs, verdicts(runs, bounds, has_metric), strict=True)
 
 
 def export(traces: Iterable[Judged], file: str) -> int:
@@ -136,28 +134,10 @@ def _add_rows(table: Table, trace: Trace, why: str | None) -> None:
         table.add_row(*head, "", "", Text(_cut(error or "no call"), style="red"))
 
 
-def _short(values: Any) -> str:
+def _short(values: Mapping[str, object]) -> str:
     return _cut(", ".join(f"{name}: {value}" for name, value in values.items()))
 
 
 def _cut(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 1]}…"
-
-
-def _read_config(directory: RunDir, record: Any) -> RunConfig:
-    try:
-        config = RunConfig.model_validate(record)
-    except ValidationError as error:
-        raise ConfigurationError(
-            f"{directory.join('config.json')}: {explain(error, RunConfig)}"
-        ) from None
-    return config
-
-
-def _all_traces(directory: RunDir) -> Iterator[Trace]:
-    store = TraceStore(directory.join("traces"))
-    keys = sorted((trace.example_id, trace.sample, trace.key) for trace in store.scan())
-    if not keys:
-        raise ConfigurationError(f"{directory.uri}: has no traces. Expected a run directory.")
-    return store.read(key for _, _, key in keys)

@@ -8,6 +8,7 @@ them to each LM's provider and puts the students in place: the stages of ``pipel
 DSPy's own face. What there is to do is decided in ``compile_plan``.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ import dspy
 from dspy.clients.utils_finetune import TrainDataFormat
 from dspy.teleprompt import BootstrapFinetune
 
-from distill import cluster, summary
+from distill import cluster, compile_record, summary
 from distill.compile_checks import Settings
-from distill.compile_plan import Key, Plan, make_plan, trains_here
+from distill.compile_plan import Key, Plan, Teacher, make_plan, trains_here
+from distill.compile_record import CompileRecord
 from distill.compile_rows import Traces, make_training_rows
 from distill.progress import ProgressReporter
 from distill.provider import reporting
@@ -159,23 +161,16 @@ class RayBootstrapFinetune(BootstrapFinetune):
 
     def _trace(self, plan: Plan, directory: RunDir, progress: ProgressReporter) -> list[Traces]:
         """What each teacher did."""
+        store = TraceStore(directory.join("traces"))
+        jobs = [_collection(plan, teacher, store) for teacher in plan.teachers]
+        keys = list(itertools.chain.from_iterable(job.keys() for job in jobs))
+        record = CompileRecord(trace=plan.trace, has_metric=plan.has_metric, keys=keys)
+        compile_record.write(directory, record)
         found: list[Traces] = []
-        spent_usd, trace = 0.0, plan.trace
-        for teacher in plan.teachers:
-            job = Collection(
-                task=teacher.task,
-                lm=teacher.lm,
-                examples=[*plan.trainset, *plan.valset],
-                store=TraceStore(directory.join("traces")),
-                actors=trace.min_actors,
-                max_actors=trace.max_actors,
-                concurrency=trace.concurrency,
-                limits=Limits.of(trace, spent_usd),
-                calls=CallSettings.of(trace),
-                samples=trace.samples,
-                hints=trace.hints,
-                threshold=None if trace.keep == "all" else trace.metric_threshold,
-            )
+        spent_usd = 0.0
+        for job in jobs:
+            limits = Limits.of(plan.trace, spent_usd)
+            job = dataclasses.replace(job, limits=limits)
             with progress.stage("trace") as stage:
                 collect(job, summary.show_tracing(stage))
                 by_example = itertools.groupby(job.traces(), key=lambda trace: trace.example_id)
@@ -199,6 +194,24 @@ class RayBootstrapFinetune(BootstrapFinetune):
                     "train_kwargs": dict(group.train_kwargs),
                 }
         return jobs
+
+
+def _collection(plan: Plan, teacher: Teacher, store: TraceStore) -> Collection:
+    trace = plan.trace
+    return Collection(
+        task=teacher.task,
+        lm=teacher.lm,
+        examples=[*plan.trainset, *plan.valset],
+        store=store,
+        actors=trace.min_actors,
+        max_actors=trace.max_actors,
+        concurrency=trace.concurrency,
+        limits=Limits.of(trace),
+        calls=CallSettings.of(trace),
+        samples=trace.samples,
+        hints=trace.hints,
+        threshold=None if trace.keep == "all" else trace.metric_threshold,
+    )
 
 
 def _free(student: dspy.Module) -> None:

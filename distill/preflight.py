@@ -12,7 +12,7 @@ from typing import Any
 import dspy
 
 from distill import datasets, imports, programs, rows
-from distill.config import SCRATCH, RunConfig, TraceConfig, TrainConfig
+from distill.config import SCRATCH, ActorsConfig, RunConfig, TraceConfig, TrainConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
 from distill.training.deepspeed_config import make_deepspeed_config
@@ -91,11 +91,21 @@ def fitted_workers(train: TrainConfig) -> TrainConfig:
     return train.model_copy(update={"num_workers": max(1, min(train.num_workers, room))})
 
 
-def fitted_actors(trace: TraceConfig) -> TraceConfig:
-    """The same, with no more actors than the cluster holds unless their number was given."""
-    if "actors" in trace.model_fields_set:
+def fitted_actors(trace: TraceConfig, in_flight: int | None = None) -> TraceConfig:
+    """The same, with no more actors than the cluster holds unless their number was given.
+
+    Args:
+        trace: How many there may be.
+        in_flight: Examples in flight in all; None is ``concurrency`` for each actor.
+    """
+    fitting = max(1, int(capacity("CPU")))
+    if "actors" not in trace.model_fields_set:
+        trace = trace.model_copy(update={"actors": min(trace.max_actors, fitting)})
+    if in_flight is None:
         return trace
-    return trace.model_copy(update={"actors": max(1, min(trace.max_actors, int(capacity("CPU"))))})
+    most = min(trace.max_actors, max(trace.min_actors, fitting), in_flight)
+    actors = ActorsConfig(min=min(trace.min_actors, most), max=most)
+    return trace.model_copy(update={"actors": actors, "concurrency": in_flight // most})
 
 
 def check_cluster(train: TrainConfig, trace: TraceConfig) -> None:

@@ -22,7 +22,8 @@ from serve.errors import DistillError, TracingError
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-SAY_AFTER_S = 10.0
+NONE_UP_AFTER_S = 10.0
+STILL_AFTER_S = 300.0
 
 
 @dataclass(eq=False)
@@ -76,7 +77,8 @@ class Pool:
         # Held ready, so that no slot of an actor waits for the driver.
         self._ahead = max(1, assignment.concurrency // 4)
         self._smallest, self._largest = smallest, largest
-        self._since, self._said = time.monotonic(), False
+        self._since = time.monotonic()
+        self._said_of_up: bool | None = None
         self.workers: list[Worker] = []
 
     def __enter__(self) -> "Pool":
@@ -132,16 +134,30 @@ class Pool:
             return []
         ray.wait(list(asked), num_returns=1, timeout=POLL_S)
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
-        self._say_if_waiting()
-        return [self._land(asked[answer]) for answer in ready]
+        landed = [self._land(asked[answer]) for answer in ready]
+        if any(each.durable for each in landed):
+            self._since, self._said_of_up = time.monotonic(), None
+        self._say_if_still()
+        return landed
 
-    def _say_if_waiting(self) -> None:
-        """Say, once, why nothing happens: somebody else may hold the room that actors need."""
-        if self._said or any(worker.is_up for worker in self.workers):
+    def _say_if_still(self) -> None:
+        """Say, once in each silence, what it may come from."""
+        up = any(worker.is_up for worker in self.workers)
+        quiet_s = time.monotonic() - self._since
+        if self._said_of_up is up or quiet_s < (STILL_AFTER_S if up else NONE_UP_AFTER_S):
             return
-        if time.monotonic() - self._since > SAY_AFTER_S:
-            self._said = True
+        self._said_of_up = up
+        if not up:
             logger.warning("No tracing actor is up yet; the cluster may have no room to spare.")
+            return
+        held = [unit.example_id for worker in self.workers for unit in worker.units.values()]
+        logger.warning(
+            "Nothing has finished for %.0f s. In flight: example %s and %d more. The teacher may "
+            "be slow or down; what else a program waits for has no time limit.",
+            quiet_s,
+            held[0] if held else "none",
+            max(len(held) - 1, 0),
+        )
 
     def _land(self, worker: Worker) -> Landed:
         try:

@@ -12,9 +12,11 @@ import dspy
 import pytest
 import ray
 
+from distill.datasets import example_id
 from distill.evaluation.evaluate import teacher_lm
 from distill.optimizer import RayBootstrapFinetune
 from distill.programs import Task
+from distill.tracing import pool
 from distill.tracing.collect import collect
 from distill.tracing.collection import Collection
 from distill.tracing.limits import Limits
@@ -185,6 +187,15 @@ def test_a_store_that_cannot_be_written_is_said_before_the_first_call(tmp_path):
     ):
         collect(job(server, blocked / "store", TEXTS[:2]), ignore)
     assert teacher.calls == 0
+
+
+def test_a_silence_is_told_with_an_example_in_flight(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "STILL_AFTER_S", 0.5)
+    with serve_in_background(MoodTeacher(latency_s=4.0)) as server:
+        silent = job(server, tmp_path, TEXTS[:2])
+        collect(silent, ignore)
+    ids = [example_id(example) for example in silent.examples]
+    assert any(f"In flight: example {each} and" in caplog.text for each in ids), caplog.text
 
 
 class Deadly(dspy.Module):

@@ -5,7 +5,7 @@ import threading
 import dspy
 import pytest
 
-from distill import RayBootstrapFinetune, RayProvider
+from distill import RayBootstrapFinetune, RayProvider, preflight
 from distill.compile_plan import make_plan
 from serve.errors import ConfigurationError
 from tests.programs import Retrieving, Sentiment, TwoSteps, Unpicklable, build
@@ -216,13 +216,27 @@ def test_one_student_for_all_predictors_or_one_for_each(optimizer):
     assert len({group.key for group in apart}) == 2
 
 
-@pytest.mark.parametrize(("asked", "actors"), [(None, 2), (1, 1), (5, 2), (64, 2)])
-def test_no_more_examples_are_in_flight_than_num_threads(optimizer, asked, actors):
-    trace = plan(optimizer(num_threads=asked)).trace
-    assert trace.actors == actors
-    in_flight = trace.actors * trace.concurrency
-    assert in_flight <= (asked or 64)
-    assert in_flight > (asked or 64) - actors
+@pytest.mark.parametrize(
+    ("asked", "actors", "smallest", "largest"),
+    [
+        (None, None, 2, 2),
+        (1, None, 1, 1),
+        (5, None, 2, 2),
+        (64, None, 2, 2),
+        (64, {"min": 1, "max": 64}, 1, 8),
+        (64, {"min": 16, "max": 64}, 16, 16),
+        (2, {"min": 4, "max": 8}, 2, 2),
+    ],
+)
+def test_no_more_examples_are_in_flight_than_num_threads(
+    optimizer, monkeypatch, asked, actors, smallest, largest
+):
+    monkeypatch.setattr(preflight, "capacity", {"CPU": 8.0}.get)
+    given = plan(optimizer(num_threads=asked, trace={"actors": actors} if actors else None))
+    trace = preflight.fitted_actors(given.trace, given.num_threads)
+    assert (trace.min_actors, trace.max_actors) == (smallest, largest)
+    in_flight = trace.max_actors * trace.concurrency
+    assert (asked or 64) - largest < in_flight <= (asked or 64)
 
 
 def test_another_method_in_the_place_of_training_trains_what_it_likes(optimizer):

@@ -53,9 +53,10 @@ def test_a_chat_that_is_a_predictors_prompt_is_folded(tmp_path):
     assert row.folded
 
 
-def test_exported_traces_become_rows_and_failed_ones_do_not(tmp_path):
+def test_exported_traces_become_rows_and_rejected_ones_do_not(tmp_path):
     failed = trace(failure=Failure(FailureKind.PROGRAM, "ValueError", "boom"))
-    file = write(tmp_path / "a.jsonl", {**trace(), "rejected": None}, failed)
+    rejected = {**trace(), "rejected": "metric"}
+    file = write(tmp_path / "a.jsonl", {**trace(), "rejected": None}, failed, rejected)
     imports.check([file])
     (row,), counts = rows([file])
     assert isinstance(row, Row)

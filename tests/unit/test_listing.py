@@ -4,16 +4,20 @@ import io
 import json
 from pathlib import Path
 
+import dspy
 import pytest
 from rich.console import Console
 
-from distill import imports
+from distill import compile_record, imports
+from distill.config import TraceConfig
 from distill.listing import Filter, export, judged_traces, render
 from distill.progress import ProgressReporter
+from distill.rows import RowCounts, stream_rows
 from distill.rundir import RunDir
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage
 from serve.errors import ConfigurationError
+from tests.programs import Sentiment
 
 TIMEOUT = Failure(FailureKind.TEACHER, "LMTimeoutError", "too slow")
 
@@ -36,7 +40,7 @@ def trace(example, score=None, failure=None, predictor="judge", **changes):
 
 @pytest.fixture
 def directory(tmp_path):
-    """What a compile leaves behind: traces, and no configuration."""
+    """What a compile leaves behind."""
     traces = [
         trace("bright", 1.0),
         trace("dull", 0.0),
@@ -44,8 +48,17 @@ def directory(tmp_path):
         trace("asleep", failure=TIMEOUT),
         trace("other", 1.0, predictor="answer"),
     ]
-    TraceStore(f"{tmp_path}/traces").writer().append([each.to_json() for each in traces])
-    return RunDir(str(tmp_path))
+    older = trace("older", 1.0)
+    writer = TraceStore(f"{tmp_path}/traces").writer()
+    writer.append([each.to_json() for each in [older, *traces]])
+    found = RunDir(str(tmp_path))
+    remember(found, TraceConfig(), [each.key for each in traces])
+    return found
+
+
+def remember(directory, trace, keys):
+    record = compile_record.CompileRecord(trace=trace, has_metric=True, keys=keys)
+    compile_record.write(directory, record)
 
 
 def shown(directory, **filters):
@@ -78,9 +91,22 @@ def test_what_is_exported_can_be_imported(directory, tmp_path):
     assert export(traces, file) == 5
     lines = Path(file).read_text().splitlines()
     assert [json.loads(line)["rejected"] for line in lines] == [why for _, why in traces]
-    assert list(imports.read([file])) == [trace for trace, _ in traces]
+    counts = RowCounts()
+    rows = imports.rows([file], render_kept, counts, folding=None)
+    assert sorted(row.example_id for row in rows) == ["bright", "dull", "other"]
     with pytest.raises(ConfigurationError, match="cannot be written"):
         export(traces, str(tmp_path / "none" / "out.jsonl"))
+
+
+def render_kept(traces):
+    prompts = {name: (Sentiment, []) for name in ("judge", "answer")}
+    return stream_rows(traces, prompts, dspy.ChatAdapter(), RowCounts())
+
+
+def test_a_compile_chose_by_its_own_threshold(directory):
+    keys = compile_record.read(directory).keys
+    remember(directory, TraceConfig(metric_threshold=2.0), keys)
+    assert shown(directory, kept=True) == []
 
 
 def test_a_folder_without_traces_is_refused(tmp_path):
