@@ -194,6 +194,7 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
         folding,
         state=export.program_state(task.program),
         program_path=config.program,
+        setup=config.setup,
         fingerprint=program_fingerprint(task),
         inputs=config.data.inputs,
         outputs=rows.outputs,

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import cloudpickle
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from distill import secrets
 from distill.tracing.actor import Acknowledgement, Assignment, TraceActor
 from distill.tracing.work import Unit
 from serve.errors import DistillError, TracingError
@@ -68,7 +68,7 @@ class Pool:
 
     def __init__(self, assignment: Assignment, smallest: int, largest: int) -> None:
         lm = assignment.lm
-        self._payload = cloudpickle.dumps(assignment)
+        self._payload, self._environment = secrets.dumps(assignment), secrets.variables()
         self._remote = ray.remote(TraceActor).options(
             num_cpus=lm.num_cpus, num_gpus=lm.num_gpus, max_concurrency=2
         )
@@ -104,7 +104,7 @@ class Pool:
         most = num_up + max(self._smallest, num_up)
         while len(self.workers) < min(wanted, most):
             actor = self._remote.remote(self._payload, sys.path)
-            self.workers.append(Worker(actor, actor.start.remote()))
+            self.workers.append(Worker(actor, actor.start.remote(self._environment)))
 
     def rooms(self, remaining: int) -> list[tuple[Worker, int]]:
         """The workers that can be given something now, and how many units to each.
@@ -165,6 +165,6 @@ def _as_ours(error: RayTaskError) -> DistillError:
     if isinstance(cause, DistillError):
         return cause
     return TracingError(
-        f"A tracing actor failed: {type(cause).__name__}: {cause}. What was traced is kept; mend "
-        "the cause and run the same command again."
+        f"A tracing actor failed: {type(cause).__name__}: {secrets.scrubbed(str(cause))}. What "
+        "was traced is kept; mend the cause and run the same command again."
     )
