@@ -177,6 +177,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
                 concurrency=trace.concurrency,
                 limits=Limits.of(trace, spent_usd),
                 calls=CallSettings.of(trace),
+                run=plan.name,
                 samples=trace.samples,
                 hints=trace.hints,
                 threshold=None if trace.keep == "all" else trace.metric_threshold,

@@ -225,7 +225,8 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
         else:
             arms[name] = None
             continue
-        with run.progress.stage(f"evaluate {name}") as stage:
+        job = dataclasses.replace(job, stage=f"evaluate {name}")
+        with run.progress.stage(job.stage) as stage:
             arms[name] = run_arm(job, summary.show_tracing(stage))
         spent_usd += cost_usd(job.paid())
     return arms
@@ -279,4 +280,5 @@ def _job(
         concurrency=trace.concurrency,
         limits=limits,
         calls=CallSettings.of(trace),
+        run=run.config.name,
     )

@@ -21,7 +21,15 @@ from distill.tracing.governor import gate_to
 from distill.tracing.loading import TaskLoader
 from distill.tracing.spending import paid
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import Failure, FailureKind, Trace, passes, total_usage
+from distill.tracing.trace import (
+    Failure,
+    FailureKind,
+    Trace,
+    Usage,
+    passes,
+    rejection,
+    total_usage,
+)
 from distill.tracing.tracer import Tracer
 from distill.tracing.variants import hinted_task, sampled, sampled_task
 from distill.tracing.work import Outcome, Unit
@@ -86,6 +94,8 @@ class Acknowledgement:
     tokens: int
     cost_usd: float | None
     unpriced: bool
+    rejected: str | None
+    usages: Mapping[str, Usage]
 
 
 def outcome_of(trace: Trace, has_metric: bool, threshold: float | None) -> Outcome:
@@ -197,6 +207,8 @@ class TraceActor:
             tokens=(spent.prompt_tokens or 0) + (spent.completion_tokens or 0),
             cost_usd=paid_for.cost_usd,
             unpriced=paid_for.calls > 0 and paid_for.cost_usd is None,
+            rejected=rejection(trace, self._has_metric, self._job.threshold),
+            usages=trace.usages,
         )
 
     def _tracer_for(self, unit: Unit) -> Tracer:

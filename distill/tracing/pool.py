@@ -91,6 +91,11 @@ class Pool:
         """Units handed out and not finished."""
         return sum(len(worker.units) for worker in self.workers)
 
+    @property
+    def num_running(self) -> int:
+        """Those of them that run; an actor holds others ready."""
+        return sum(min(len(worker.units), self._concurrency) for worker in self.workers)
+
     def resize(self, remaining: int) -> None:
         """Fit the pool to the units that are not handed out yet and those in flight."""
         needed = -(-(remaining + self.num_in_flight) // self._concurrency)
