@@ -38,7 +38,13 @@ KEY, SEARCH_KEY = "sk-of-the-test-that-nobody-may-find", "another-that-nobody-ma
 def local_ray():
     os.environ["OPENAI_API_KEY"] = "not-a-key"
     os.environ["SEARCH_API_KEY"] = SEARCH_KEY
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 500},
+    )
     yield
     ray.shutdown()
     del os.environ["SEARCH_API_KEY"]
@@ -180,8 +186,18 @@ def test_the_optimizer_takes_a_lambda_as_its_hook(tmp_path, server):
     optimizer = ours(tmp_path, setup=lambda program: setattr(program.index, "client", Client(made)))
     jobs = compile_rows(optimizer, student, texts("sunny day", "cold day"))
     assert len(only(jobs)["train_data"]) == 2
+    assert only(jobs)["train_data"].profile.program_path is None
     assert student.index.client is None
     assert len(list(made.iterdir())) == 1
+
+
+def test_the_student_of_a_hook_that_can_be_imported_is_served_with_it(tmp_path, server):
+    student = programs.Connected()
+    student.set_lm(make_lm(server))
+    jobs = compile_rows(ours(tmp_path, setup=programs.connect), student, texts("sunny", "cold"))
+    profile = only(jobs)["train_data"].profile
+    assert profile.program_path == "tests.programs:Connected"
+    assert profile.to_json()["setup"] == "tests.programs:connect"
 
 
 class Threads(dspy.Module):
@@ -328,16 +344,23 @@ def metrics(run):
     return found
 
 
-def test_prometheus_reads_what_the_run_counts(tmp_path, server, teacher):
+def test_prometheus_reads_what_the_run_counts(tmp_path):
+    teacher = MoodTeacher(latency_s=3.0)
     labelled = texts("sunny 1", "sunny 2", "grey 1", mood="good") + texts("boom")
     program = programs.Raising()
     given = {"examples": labelled, "task": Task(program, dspy.ChatAdapter(), programs.right_mood)}
     prices = CallSettings(prices={"openai/stand-in": Price(10.0, 20.0)})
-    counting = job(server, tmp_path, None, **given, run="counted", calls=prices)
-    counting = dataclasses.replace(counting, limits=Limits())
-    counted = []
-    collect(counting, lambda counts, calls, total: counted.append((counts, calls)))
+    counted, in_flight = [], []
+
+    def on_progress(counts, calls, total):
+        counted.append((counts, calls))
+        in_flight.append(metrics("counted")["in_flight",])
+
+    with serve_in_background(teacher) as server:
+        counting = job(server, tmp_path, None, **given, run="counted", calls=prices)
+        collect(dataclasses.replace(counting, limits=Limits()), on_progress)
     counts, calls = counted[-1]
+    assert 0 < max(in_flight) <= 4
     deadline = time.monotonic() + 60
     while (found := metrics("counted"))["examples_total",] < 4 and time.monotonic() < deadline:
         time.sleep(0.5)
