@@ -17,6 +17,7 @@ from distill.config import ScratchConfig, TraceConfig
 from distill.config_file import validated
 from distill.programs import check_inputs
 from serve.errors import ConfigurationError
+from serve.programs import Setup, check_setup
 
 MAX_FAILURE_RATE = 0.5
 """Of at least ``MIN_SAMPLE`` examples; what fails most of the time is not worth its price."""
@@ -34,6 +35,7 @@ class Settings:
     storage: str
     name: str | None
     strict_compat: bool
+    setup: Setup | None = None
 
     @classmethod
     def read(
@@ -49,6 +51,9 @@ class Settings:
         Raises:
             ConfigurationError: One is not what it should be.
         """
+        setup = plain.get("setup")
+        if setup is not None:
+            check_setup(setup, getattr(setup, "__qualname__", type(setup).__qualname__))
         if plain["prompt"] not in ("folded", "full"):
             raise ConfigurationError(f"prompt={plain['prompt']!r}: expected 'folded' or 'full'.")
         tracing: TraceConfig = validated(

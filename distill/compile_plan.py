@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import cloudpickle
 import dspy
 from dspy.clients.lm_local import LocalProvider
 
-from distill import preflight
+from distill import preflight, unpicklable
 from distill.compile_checks import (
     MAX_FAILURE_RATE,
     Settings,
@@ -156,20 +155,20 @@ def make_plan(
         trace = trace.model_copy(update={"max_failure_rate": 1.0})
     return Plan(
         name=settings.name or type(student).__name__,
-        teachers=[_make_teacher(program, optimizer.metric) for program in programs],
+        teachers=[_make_teacher(program, optimizer) for program in programs],
         groups=groups,
         keys=keys,
         trainset=trainset,
         valset=valset or (),
         trace=trace,
         num_threads=settings.num_threads,
-        student=_make_task(student, optimizer.metric),
+        student=_make_task(student, optimizer),
         exclude_demos=optimizer.exclude_demos,
         strict_compat=settings.strict_compat,
     )
 
 
-def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
+def _make_teacher(program: dspy.Module, optimizer: Optimizer) -> Teacher:
     without = [name for name, predictor in program.named_predictors() if predictor.lm is None]
     lm = dspy.settings.lm or (None if without else program.predictors()[0].lm)
     if lm is None:
@@ -184,21 +183,22 @@ def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
                 "to teach. Give compile a teacher= whose LM is, or leave the predictors' LMs to "
                 'the teacher and name the student with student_model="scratch".'
             )
-    task = _make_task(program, metric)
+    task = _make_task(program, optimizer)
     task.dumps()
     fresh = lm.copy()
-    try:
-        cloudpickle.dumps(fresh)
-    # Which error it is depends on what the LM holds.
-    except Exception as error:
+    culprit = unpicklable.find(fresh, "lm")
+    if culprit:
         raise ConfigurationError(
-            f"The teacher's LM ({type(lm).__name__}) cannot be sent to Ray's workers: {error}."
-        ) from error
+            f"The teacher's LM ({type(lm).__name__}) cannot be sent to Ray's workers: {culprit}. "
+            "Let the LM make it when it is first called."
+        )
     return Teacher(task, LmSpec(make=fresh.copy, identity={"teacher": lm_identity(lm)}))
 
 
-def _make_task(program: dspy.Module, metric: Any) -> Task:
-    return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric, carried_settings())
+def _make_task(program: dspy.Module, optimizer: Optimizer) -> Task:
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    setup = optimizer.settings.setup
+    return Task(program, adapter, optimizer.metric, carried_settings(), setup)
 
 
 def _make_groups(optimizer: Optimizer, student: dspy.Module) -> tuple[list[Group], list[Key]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from distill import export, imports, summary
 from distill.compile_plan import Group, Plan
 from distill.datasets import example_id, is_dev
-from distill.programs import import_path, program_fingerprint
+from distill.programs import hook_path, import_path, program_fingerprint
 from distill.provider import TrainingRows
 from distill.rows import Row, RowCounts, predictor_prompts, stream_rows
 from distill.selection import Selection
@@ -92,11 +92,14 @@ def _profile(plan: Plan, group: Group, outputs: Sequence[str]) -> export.Profile
     program = plan.student.program
     state = export.program_state(program, plan.exclude_demos) if len(plan.groups) == 1 else None
     path = import_path(program) if state else None
-    if path:
+    setup = plan.student.setup
+    hook = hook_path(setup) if setup else None
+    if path and (hook or not setup):
         # One student for the whole program can be served as the program.
         about = {
             "state": state,
             "program_path": path,
+            "setup": hook,
             "fingerprint": program_fingerprint(plan.student),
             "inputs": list(plan.trainset[0].inputs().keys()),
             "outputs": outputs,

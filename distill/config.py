@@ -254,6 +254,8 @@ class RunConfig(Section):
     storage: str = "runs"
     program: ImportPath
     metric: ImportPath | None = None
+    setup: ImportPath | None = None
+    """Called with the program once in each process that runs it, before its first example."""
     data: DataConfig
     teacher: TeacherConfig
     trace: TraceConfig = TraceConfig()

@@ -10,7 +10,7 @@ DSPy's own face. What there is to do is decided in ``compile_plan``.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dspy
@@ -54,6 +54,9 @@ class RayBootstrapFinetune(BootstrapFinetune):
         trace: How the teachers are run, as ``trace`` of a configuration file.
         storage: Local folder or fsspec URI for all that a compile leaves behind.
         name: The run's folder in it; None is the name of the program's class.
+        setup: Called with the program once in each of Ray's processes that runs it, before its
+            first example, to give it what cannot be sent there: clients, connections. It may
+            be async. Where it can be imported, the served program is set up by it as well.
         strict_compat: Give training the very rows, in the order, that DSPy's own class
             would: full prompts, the teacher's instructions and demos, nothing held out.
 
@@ -76,6 +79,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
         trace: Mapping[str, Any] | None = None,
         storage: str = "runs",
         name: str | None = None,
+        setup: Callable[[dspy.Module], Any] | None = None,
         strict_compat: bool = False,
     ) -> None:
         super().__init__(metric, multitask, train_kwargs, adapter, exclude_demos, num_threads)
@@ -87,6 +91,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
             num_threads=num_threads,
             storage=storage,
             name=name,
+            setup=setup,
             strict_compat=strict_compat,
         )
 
@@ -208,6 +213,7 @@ def _collection(plan: Plan, teacher: Teacher, store: TraceStore) -> Collection:
         concurrency=trace.concurrency,
         limits=Limits.of(trace),
         calls=CallSettings.of(trace),
+        run=plan.name,
         samples=trace.samples,
         hints=trace.hints,
         threshold=None if trace.keep == "all" else trace.metric_threshold,

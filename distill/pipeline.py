@@ -194,6 +194,7 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
         folding,
         state=export.program_state(task.program),
         program_path=config.program,
+        setup=config.setup,
         fingerprint=program_fingerprint(task),
         inputs=config.data.inputs,
         outputs=rows.outputs,
@@ -224,7 +225,8 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
         else:
             arms[name] = None
             continue
-        with run.progress.stage(f"evaluate {name}") as stage:
+        job = dataclasses.replace(job, stage=f"evaluate {name}")
+        with run.progress.stage(job.stage) as stage:
             arms[name] = run_arm(job, summary.show_tracing(stage))
         spent_usd += cost_usd(job.paid())
     return arms
@@ -278,4 +280,5 @@ def _job(
         concurrency=trace.concurrency,
         limits=limits,
         calls=CallSettings.of(trace),
+        run=run.config.name,
     )

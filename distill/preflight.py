@@ -61,7 +61,8 @@ def load_traced(
     Raises:
         ConfigurationError: One of them cannot be loaded.
     """
-    return programs.load_task(config.program, config.metric), *_training_data(config)
+    task = programs.load_task(config.program, config.metric, config.setup)
+    return task, *_training_data(config)
 
 
 def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messages] = ()) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from distill.config import TraceConfig
-from distill.tracing.trace import FailureKind, Trace, passes
+from distill.tracing.trace import Trace
+from distill.tracing.trace import rejection as why_rejected
 
 SURPLUS = "surplus"
 REASONS = ("metric", "parse", "error", SURPLUS)
@@ -21,11 +22,7 @@ MAX_MESSAGES = 1_000
 
 def rejection(trace: Trace, config: TraceConfig, has_metric: bool) -> str | None:
     """Why a trace is not good enough to learn from; None if it is."""
-    if trace.failure is not None:
-        return "parse" if trace.failure.kind is FailureKind.PARSE else "error"
-    if not has_metric or config.keep == "all" or passes(trace.score, config.metric_threshold):
-        return None
-    return "error" if trace.score and trace.score.error else "metric"
+    return why_rejected(trace, has_metric and config.keep != "all", config.metric_threshold)
 
 
 def verdicts(runs: Sequence[Trace], config: TraceConfig, has_metric: bool) -> list[str | None]:

@@ -1,5 +1,6 @@
 """Small DSPy programs that the tests distill, one for each shape that programs take."""
 
+import threading
 from typing import Literal
 
 import dspy
@@ -31,6 +32,27 @@ class TwoSteps(dspy.Module):
     def forward(self, text):
         mood = self.judge(text=text).mood
         return dspy.Prediction(mood=mood, reply=self.answer(text=text, mood=mood).reply)
+
+
+class Connected(TwoSteps):
+    """Needs a client that no other process can be sent: ``connect`` makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.client = None
+
+    def forward(self, text):
+        with self.client:
+            return super().forward(text=text)
+
+
+def connect(program):
+    """The setup hook of ``Connected``."""
+    program.client = threading.Lock()
+
+
+def connect_in_vain(program):
+    raise ConnectionRefusedError("nobody listens")
 
 
 class Loop(dspy.Module):
@@ -87,8 +109,6 @@ class Unpicklable(dspy.Module):
 
     def __init__(self):
         super().__init__()
-        import threading
-
         self.judge = dspy.Predict(Sentiment)
         self.lock = threading.Lock()
 
@@ -102,6 +122,10 @@ def build():
 
 def build_two_steps():
     return TwoSteps()
+
+
+def build_connected():
+    return Connected()
 
 
 def build_raising():

@@ -5,8 +5,9 @@ it is there, and only then acknowledges it. Which units it gets is for ``pool`` 
 """
 
 import asyncio
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +18,18 @@ import ray
 from distill.programs import Task
 from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_to
+from distill.tracing.loading import TaskLoader
 from distill.tracing.spending import paid
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import Failure, FailureKind, Trace, passes, total_usage
+from distill.tracing.trace import (
+    Failure,
+    FailureKind,
+    Trace,
+    Usage,
+    passes,
+    rejection,
+    total_usage,
+)
 from distill.tracing.tracer import Tracer
 from distill.tracing.variants import hinted_task, sampled, sampled_task
 from distill.tracing.work import Outcome, Unit
@@ -84,6 +94,8 @@ class Acknowledgement:
     tokens: int
     cost_usd: float | None
     unpriced: bool
+    rejected: str | None
+    usages: Mapping[str, Usage]
 
 
 def outcome_of(trace: Trace, has_metric: bool, threshold: float | None) -> Outcome:
@@ -106,9 +118,8 @@ class TraceActor:
     def __init__(self, payload: bytes, import_paths: Sequence[str]) -> None:
         # The user's program is imported here by name, from where the driver found it.
         sys.path.extend(path for path in import_paths if path not in sys.path)
-        self._job: Assignment = cloudpickle.loads(payload)
+        self._payload = payload
         self._tracers: dict[int, Tracer] = {}
-        self._slots = asyncio.Semaphore(self._job.concurrency)
         self._running: set[asyncio.Task[None]] = set()
         self._pending: list[tuple[Trace, asyncio.Future[None]]] = []
         self._committing: asyncio.Task[None] | None = None
@@ -116,13 +127,21 @@ class TraceActor:
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
-    async def start(self) -> None:
+    async def start(self, environment: Mapping[str, str]) -> None:
         """Make ready what the first unit needs.
+
+        Args:
+            environment: Variables that the payload needs; API keys are nowhere else.
 
         Raises:
             TraceStoreError: The store is another one here, or cannot be written.
+            ConfigurationError: The setup hook raised.
         """
-        # Not in __init__, which runs outside the event loop that an LM may need.
+        # Not in __init__, which runs outside the event loop that an LM may need, and whose
+        # errors Ray takes for the actor's death.
+        os.environ.update(environment)
+        self._job: Assignment = cloudpickle.loads(self._payload)
+        self._slots = asyncio.Semaphore(self._job.concurrency)
         store = TraceStore(self._job.store)
         if not store.sees(self._job.beacon):
             raise TraceStoreError(
@@ -134,7 +153,10 @@ class TraceActor:
         self._gate = gate_to(self._job.governor)
         self._lm = self._job.lm.make()
         self._judge = self._job.lm.judge() if self._job.lm.judge else self._lm
-        self._tracers[0] = self._make_tracer(self._load_task(), self._lm)
+        self._loader = TaskLoader(self._job.task)
+        task = await self._loader.first()
+        self._has_metric = task.metric is not None
+        self._tracers[0] = self._make_tracer(task, self._lm)
 
     async def exchange(self, units: Sequence[Unit]) -> list[Acknowledgement]:
         """Begin these units; returns what has become durable since the last time.
@@ -185,22 +207,18 @@ class TraceActor:
             tokens=(spent.prompt_tokens or 0) + (spent.completion_tokens or 0),
             cost_usd=paid_for.cost_usd,
             unpriced=paid_for.calls > 0 and paid_for.cost_usd is None,
+            rejected=rejection(trace, self._has_metric, self._job.threshold),
+            usages=trace.usages,
         )
 
     def _tracer_for(self, unit: Unit) -> Tracer:
         if unit.hinted:
-            return self._make_tracer(hinted_task(self._load_task(), unit.example), self._lm)
+            return self._make_tracer(hinted_task(self._loader.another(), unit.example), self._lm)
         if unit.sample not in self._tracers:
-            task = sampled_task(self._load_task(), unit.sample)
+            task = sampled_task(self._loader.another(), unit.sample)
             lm = sampled(self._lm, unit.sample)
             self._tracers[unit.sample] = self._make_tracer(task, lm)
         return self._tracers[unit.sample]
-
-    def _load_task(self) -> Task:
-        # Each tracer changes the program that it is given.
-        task: Task = cloudpickle.loads(self._job.task)
-        self._has_metric = task.metric is not None
-        return task
 
     def _make_tracer(self, task: Task, lm: dspy.BaseLM) -> Tracer:
         return Tracer(

@@ -13,9 +13,10 @@ from distill.tracing.actor import Acknowledgement, Assignment, outcome_of
 from distill.tracing.collection import Collection
 from distill.tracing.governor import governing
 from distill.tracing.limits import Counts, StopReason, explain, should_stop, too_many_failed
+from distill.tracing.metrics import TraceMetrics
 from distill.tracing.pool import Landed, Pool, Worker
 from distill.tracing.spending import cost_usd, paid
-from distill.tracing.trace import Failure, FailureKind, Trace, Usage
+from distill.tracing.trace import Failure, FailureKind, Trace, Usage, rejection
 from distill.tracing.work import Outcome, Unit, Work
 from serve.errors import BudgetExceeded, TracingError
 
@@ -57,8 +58,11 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
             governor=governor,
             calls=job.calls,
         )
-        with Pool(assignment, job.actors, job.max_actors or job.actors) as pool:
-            stopped = _Dispatcher(job, work, counts, pool, on_progress).run()
+        with (
+            TraceMetrics(job.run, job.stage) as metrics,
+            Pool(assignment, job.actors, job.max_actors or job.actors) as pool,
+        ):
+            stopped = _Dispatcher(job, work, counts, pool, metrics, on_progress).run()
     if stopped is StopReason.BUDGET:
         raise BudgetExceeded(explain(stopped, counts, job.limits))
     if stopped:
@@ -111,10 +115,16 @@ class _Dispatcher:
     """Hands units to actors, a bounded window at a time, until done or stopped."""
 
     def __init__(
-        self, job: Collection, work: Work, counts: Counts, pool: Pool, on_progress: OnProgress
+        self,
+        job: Collection,
+        work: Work,
+        counts: Counts,
+        pool: Pool,
+        metrics: TraceMetrics,
+        on_progress: OnProgress,
     ) -> None:
         self._job, self._work, self._counts, self._pool = job, work, counts, pool
-        self._on_progress = on_progress
+        self._metrics, self._on_progress = metrics, on_progress
         self._calls = 0
         self._deaths = 0
 
@@ -127,6 +137,7 @@ class _Dispatcher:
                 units, stopped = self._choose(worker, room, stopped)
                 if units or worker.units:
                     worker.give(units)
+            self._metrics.in_flight(self._pool.num_running)
             for landed in self._pool.wait():
                 self._land(landed)
             stopped = stopped or self._limit(0)
@@ -166,6 +177,7 @@ class _Dispatcher:
         self._counts.add(acknowledged.failure, acknowledged.cost_usd)
         self._counts.tokens += acknowledged.tokens
         self._counts.unpriced |= acknowledged.unpriced
+        self._metrics.ended(acknowledged.rejected, acknowledged.usages)
 
     def _lose(self, landed: Landed) -> None:
         # The pool replaces the actor; what was not durable runs again.
@@ -198,3 +210,4 @@ class _Dispatcher:
         self._job.store.writer().append([trace.to_json()])
         self._work.finish(unit.key, Outcome.REJECTED)
         self._counts.add(failure, None)
+        self._metrics.ended(rejection(trace, has_metric=False, threshold=None), {})

@@ -34,6 +34,7 @@ class Collection:
         actors: How many there are at least.
         concurrency: Calls of the program in flight for each actor.
         calls: How LMs are called.
+        run, stage: What names it in Ray's metrics.
         max_actors: How many there may be; None is no more than ``actors``.
         samples: Runs of each example.
         hints: Whether an example that no run of passed gets one more, with the label as a hint.
@@ -48,6 +49,8 @@ class Collection:
     concurrency: int
     limits: Limits
     calls: CallSettings = field(default_factory=CallSettings)
+    run: str = ""
+    stage: str = "trace"
     max_actors: int | None = None
     samples: int = 1
     hints: bool = False

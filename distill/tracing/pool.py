@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import cloudpickle
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from distill import secrets
 from distill.tracing.actor import Acknowledgement, Assignment, TraceActor
 from distill.tracing.work import Unit
 from serve.errors import DistillError, TracingError
@@ -69,7 +69,7 @@ class Pool:
 
     def __init__(self, assignment: Assignment, smallest: int, largest: int) -> None:
         lm = assignment.lm
-        self._payload = cloudpickle.dumps(assignment)
+        self._payload, self._environment = secrets.dumps(assignment), secrets.variables()
         self._remote = ray.remote(TraceActor).options(
             num_cpus=lm.num_cpus, num_gpus=lm.num_gpus, max_concurrency=2
         )
@@ -93,6 +93,11 @@ class Pool:
         """Units handed out and not finished."""
         return sum(len(worker.units) for worker in self.workers)
 
+    @property
+    def num_running(self) -> int:
+        """Those of them that run; an actor holds others ready."""
+        return sum(min(len(worker.units), self._concurrency) for worker in self.workers)
+
     def resize(self, remaining: int) -> None:
         """Fit the pool to the units that are not handed out yet and those in flight."""
         needed = -(-(remaining + self.num_in_flight) // self._concurrency)
@@ -106,7 +111,7 @@ class Pool:
         most = num_up + max(self._smallest, num_up)
         while len(self.workers) < min(wanted, most):
             actor = self._remote.remote(self._payload, sys.path)
-            self.workers.append(Worker(actor, actor.start.remote()))
+            self.workers.append(Worker(actor, actor.start.remote(self._environment)))
 
     def rooms(self, remaining: int) -> list[tuple[Worker, int]]:
         """The workers that can be given something now, and how many units to each.
@@ -193,6 +198,6 @@ def _as_ours(error: RayTaskError) -> DistillError:
     if isinstance(cause, DistillError):
         return cause
     return TracingError(
-        f"A tracing actor failed: {type(cause).__name__}: {cause}. What was traced is kept; mend "
-        "the cause and run the same command again."
+        f"A tracing actor failed: {type(cause).__name__}: {secrets.scrubbed(str(cause))}. What "
+        "was traced is kept; mend the cause and run the same command again."
     )

@@ -142,6 +142,15 @@ def passes(score: Score | None, threshold: float | None) -> bool:
     return score.value > 0 if threshold is None else score.value >= threshold
 
 
+def rejection(trace: Trace, has_metric: bool, threshold: float | None) -> str | None:
+    """Why a run of the program is not good enough, in a word; None if it is."""
+    if trace.failure is not None:
+        return "parse" if trace.failure.kind is FailureKind.PARSE else "error"
+    if not has_metric or passes(trace.score, threshold):
+        return None
+    return "error" if trace.score and trace.score.error else "metric"
+
+
 def total_usage(usages: Sequence[Usage]) -> Usage:
     """Sums; a sum with an unknown part is unknown. What made no call adds nothing."""
     usages = [usage for usage in usages if usage.calls]

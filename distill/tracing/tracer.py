@@ -19,6 +19,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from distill.datasets import example_id
 from distill.programs import Task
+from distill.secrets import scrubbed
 from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.gate import Gate, OpenGate
 from distill.tracing.trace import (
@@ -35,7 +36,8 @@ from distill.tracing.trace import (
 from distill.tracing.values import as_shown, jsonable, revive_prediction
 from serve.dspy_lm import LmFailure, governed, is_lm_error, lm_failure
 from serve.errors import CallPrevented
-from serve.programs import allow_threads, as_prediction, runs_async
+from serve.programs import as_prediction, runs_async
+from serve.threads import allow_threads
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
@@ -263,4 +265,5 @@ def _failure(error: Exception, is_lms: bool) -> Failure:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{error}"[:MAX_MESSAGE_CHARS] or type(error).__name__
+    # Providers quote the key that they were sent, or a URL that holds it.
+    return scrubbed(f"{error}")[:MAX_MESSAGE_CHARS] or type(error).__name__

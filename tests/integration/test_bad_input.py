@@ -42,7 +42,7 @@ def folder(tmp_path, teacher):
         ("data.inputs=[text, mood]", "does not fit the program"),
         ("program=no.such.module:build", "cannot import no.such.module"),
         ("program=tests.programs:nope", "has no 'nope'"),
-        ("program=tests.programs:build_unpicklable", "program.lock (lock)"),
+        ("program=tests.programs:build_unpicklable", "program.lock: _thread.lock"),
         ("metric=tests.programs:not_callable", "expected a function"),
         ("student.model={}/base", "cannot be loaded"),
         ("teacher.lm.api_key=sk-secret", "environment"),

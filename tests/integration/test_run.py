@@ -29,11 +29,17 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two predictors, its folder, and the teacher that it called."""
+    """A run of two predictors, its folder, and the teacher that it called.
+
+    Teacher, student and endpoint all need the client that the program's setup hook makes.
+    """
     teacher = MoodTeacher()
     with serve_in_background(teacher) as server:
         path = tmp_path_factory.mktemp("run")
-        changes = {"program": "tests.programs:build_two_steps"}
+        changes = {
+            "program": "tests.programs:build_connected",
+            "setup": "tests.programs:connect",
+        }
         folder = RunFolder(path, server.api_base, changes)
         process = folder.raydistill("run")
         assert process.returncode == 0, process.stdout
@@ -64,6 +70,7 @@ def test_the_report_holds_what_was_measured(finished):
     folder, _, _ = finished
     report = read(folder.run_dir / "report.json")
     assert report["arms"]["teacher"]["score"] == 1.0
+    assert report["arms"]["student"]["errors"] == 0
     assert report["arms"]["teacher"]["n"] == report["arms"]["student"]["n"] == 12
     assert report["arms"]["base"] is None
     assert report["tracing"]["examples"] == report["tracing"]["kept"] == 60

@@ -175,13 +175,27 @@ def test_an_adapter_that_cannot_write_answers_is_refused(optimizer):
 
 
 def test_what_cannot_be_sent_to_workers_is_refused_by_name(optimizer):
-    with refused(r"program.lock \(lock\) cannot be sent.*when the program first needs them"):
+    with refused(r"program.lock: _thread.lock cannot be sent.*in a setup hook"):
         plan(optimizer(), Unpicklable())
     lock = threading.Lock()
-    with refused("metric .*cannot be sent"):
+    with refused("metric .uses lock.: _thread.lock cannot be sent"):
         plan(optimizer(metric=lambda example, prediction, trace: lock.locked()))
-    with dspy.context(rm=lock), refused(r"dspy.settings.rm \(lock\) cannot be sent"):
+    with dspy.context(rm=lock), refused("dspy.settings.rm: _thread.lock cannot be sent"):
         plan(optimizer(), Retrieving())
+
+
+class LockedLM(dspy.BaseLM):
+    def __init__(self):
+        super().__init__("locked", "chat", 0.0, 100, False)
+        self.client = threading.Lock()
+
+    def copy(self, **kwargs):
+        return self
+
+
+def test_an_lm_that_cannot_be_sent_is_named_with_its_attribute(optimizer):
+    with dspy.context(lm=LockedLM()), refused("LockedLM.*: lm.client: _thread.lock"):
+        plan(optimizer())
 
 
 @pytest.mark.parametrize(
@@ -190,6 +204,7 @@ def test_what_cannot_be_sent_to_workers_is_refused_by_name(optimizer):
         ({"prompt": "short"}, "prompt='short': expected 'folded' or 'full'"),
         ({"trace": {"concurency": 3}}, r"trace: .*concurency.*concurrency"),
         ({"trace": {"actors": 0}}, r"trace: .*actors"),
+        ({"setup": "module:function"}, "setup: .*Expected a function .program."),
         ({"scratch": {"hidden_sizes": 64}}, r"scratch: .*hidden_sizes.*hidden_size"),
     ],
 )
