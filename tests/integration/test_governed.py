@@ -125,17 +125,6 @@ def test_every_example_is_accounted_for_whatever_the_teacher_does(tmp_path):
     assert sum(trace.usage.calls for trace in traces) == teacher.said["reply"]
 
 
-def test_no_minute_at_the_teacher_sees_more_requests_than_allowed(tmp_path):
-    teacher = Moody(failing=0.05)
-    with serve_in_background(teacher) as server:
-        limited = job(server, tmp_path, 90, limits=Limits(requests_per_minute=80))
-        collect(limited, ignore)
-    times = teacher.times
-    for start in times:
-        assert sum(start <= time < start + 60 for time in times) <= 80
-    assert len(traces_of(limited)) == 90
-
-
 def test_an_outage_is_waited_out_without_losing_an_example(tmp_path):
     teacher = Moody()
 
@@ -169,12 +158,36 @@ def test_the_budget_is_passed_by_no_more_than_the_calls_in_flight(tmp_path):
         with pytest.raises(BudgetExceeded, match="budget_usd"):
             collect(bounded, ignore)
         spent = sum(trace.spent.cost_usd or 0.0 for trace in bounded.store.scan())
+        # Of several calls at once; each costs the same, so the budget is not passed at all.
+        assert teacher.most_in_flight > 8
         assert spent <= 20 * cost + cost / 2
         assert teacher.said["reply"] <= 2 * 20 + 1
         assert spent > 15 * cost
         collect(job(server, tmp_path, 100, programs.TwoSteps()), ignore)
         done = [trace for trace in traces_of(bounded) if not trace.failure]
         assert len(done) == 100
+
+
+class Wordy(Moody):
+    """Says ever more, so that each call costs more than those before it."""
+
+    def _reply(self, messages):
+        return f"{'word ' * 10 * self.said['reply']}\n{super()._reply(messages)}"
+
+
+def test_calls_that_cost_more_than_any_before_pass_the_budget_by_their_own_cost(tmp_path):
+    teacher = Wordy(latency_s=0.2)
+    with serve_in_background(teacher) as server:
+        limits = Limits(budget_usd=0.1)
+        bounded = job(server, tmp_path, 400, limits=limits)
+        with pytest.raises(BudgetExceeded, match="budget_usd"):
+            collect(bounded, ignore)
+    costs = [trace.spent.cost_usd or 0.0 for trace in bounded.store.scan()]
+    in_flight = teacher.most_in_flight
+    assert 8 < in_flight <= bounded.actors * bounded.concurrency
+    assert sum(costs) <= limits.budget_usd + in_flight * max(costs)
+    assert max(costs) > 3 * min(filter(None, costs))
+    assert sum(cost > 0 for cost in costs) == teacher.said["reply"] < 400
 
 
 def test_the_command_stops_at_the_budget_with_code_3_and_goes_on_with_more(tmp_path):
