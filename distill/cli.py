@@ -230,6 +230,7 @@ def _prepared(
     directory.create()
     terminal.log_to(_log_file(directory, arguments.name))
     with (
+        directory.guarded(),
         directory.locked(),
         directory.appending("events.jsonl") as path,
         open_events(path) as events,

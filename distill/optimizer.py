@@ -29,7 +29,6 @@ from distill.tracing.collect import collect
 from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
-from distill.tracing.spending import cost_usd
 from distill.tracing.store import TraceStore
 
 
@@ -174,13 +173,15 @@ class RayBootstrapFinetune(BootstrapFinetune):
         found: list[Traces] = []
         spent_usd = 0.0
         for job in jobs:
-            limits = Limits.of(plan.trace, spent_usd)
-            job = dataclasses.replace(job, limits=limits)
+            job = dataclasses.replace(job, limits=Limits.of(plan.trace, spent_usd))
+            spending = job.spending()
             with progress.stage("trace") as stage:
                 collect(job, summary.show_tracing(stage))
-                by_example = itertools.groupby(job.traces(), key=lambda trace: trace.example_id)
+                by_example = itertools.groupby(
+                    job.traces(spending), key=lambda trace: trace.example_id
+                )
                 found.append({name: list(runs) for name, runs in by_example})
-            spent_usd += cost_usd(job.paid())
+            spent_usd += spending.cost_usd
         return found
 
     def _make_jobs(

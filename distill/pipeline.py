@@ -43,7 +43,6 @@ from distill.tracing.collect import collect
 from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
-from distill.tracing.spending import cost_usd
 from distill.tracing.store import TraceStore
 from serve.cluster import capacity
 from serve.errors import TracingError, TrainingError
@@ -108,6 +107,7 @@ def make_rows(run: Run) -> Rows:
     task, folding, config = run.inputs.task, run.inputs.folding, run.config.trace
     selection, counts = Selection(config, has_metric=task.metric is not None), RowCounts()
     job = teacher_job(run)
+    spending = job.spending()
     render = functools.partial(
         stream_rows,
         prompts=predictor_prompts(task.program),
@@ -116,7 +116,7 @@ def make_rows(run: Run) -> Rows:
         folding=folding,
     )
     with run.progress.stage("rows") as stage:
-        traced = render(selection.choose(job.traces()))
+        traced = render(selection.choose(job.traces(spending)))
         imported = imports.rows(config.imports, render, counts, folding)
         identity = _write_rows(run, itertools.chain(traced, imported), selection)
         stage.update(1, 1, summary.describe_rows(counts, selection))
@@ -125,7 +125,7 @@ def make_rows(run: Run) -> Rows:
         val=run.directory.join("rows/val.jsonl"),
         fingerprint=identity,
         outputs=list(selection.outputs),
-        tracing=summary.tracing_section(run.directory, selection, job.paid()),
+        tracing=summary.tracing_section(run.directory, selection, spending.by_predictor),
         folding=summary.folding_section(folding, counts),
     )
 
@@ -226,9 +226,10 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
             arms[name] = None
             continue
         job = dataclasses.replace(job, stage=f"evaluate {name}")
+        spending = job.spending()
         with run.progress.stage(job.stage) as stage:
-            arms[name] = run_arm(job, summary.show_tracing(stage))
-        spent_usd += cost_usd(job.paid())
+            arms[name] = run_arm(job, summary.show_tracing(stage), spending)
+        spent_usd += spending.cost_usd
     return arms
 
 

@@ -4,6 +4,7 @@ Owns names and atomic writes. What the files mean is for the stages that write t
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,9 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from serve.errors import ConfigurationError
+from serve.errors import ConfigurationError, StorageError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class RunDir:
@@ -42,13 +45,35 @@ class RunDir:
 
         Raises:
             ConfigurationError: It cannot.
+            StorageError: There is no room.
         """
         try:
-            self._fs.makedirs(self._root, exist_ok=True)
-            self.write_text(".writable", "")
-            self._fs.rm(f"{self._root}/.writable")
+            with self.guarded():
+                self._fs.makedirs(self._root, exist_ok=True)
+                self.write_text(".writable", "")
+                self._fs.rm(f"{self._root}/.writable")
         except OSError as error:
-            raise ConfigurationError(f"storage: {self.uri} cannot be written: {error}") from None
+            raise ConfigurationError(
+                f"storage: {self.uri} cannot be written ({error.strerror or error}). Make it "
+                "writable, or choose another storage."
+            ) from None
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around whatever writes to the directory: say plainly that there is no room.
+
+        Raises:
+            StorageError: In the place of the OSError that says so.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise StorageError(
+                f"{error.filename or self.uri}: cannot be written ({error.strerror}). Make room "
+                "and run the same command again; it goes on from what is there."
+            ) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

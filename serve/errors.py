@@ -27,6 +27,10 @@ class TraceStoreError(DistillError, RuntimeError):
     """The trace store on disk does not hold what it should."""
 
 
+class StorageError(DistillError, RuntimeError):
+    """There is no room for what a run leaves behind."""
+
+
 class BudgetExceeded(DistillError, RuntimeError):
     """The run stopped at its budget; running it again goes on from there."""
 

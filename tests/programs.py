@@ -1,9 +1,14 @@
 """Small DSPy programs that the tests distill, one for each shape that programs take."""
 
+import os
+import resource
 import threading
 from typing import Literal
 
 import dspy
+
+FILE_LIMIT = "TESTS_FILE_LIMIT_BYTES"
+"""Environment: the largest file that ``OnASmallDisk`` lets its process write."""
 
 
 class Sentiment(dspy.Signature):
@@ -104,6 +109,20 @@ class Raising(dspy.Module):
         return self.judge(text=text)
 
 
+class OnASmallDisk(dspy.Module):
+    """Has its process fail to write as on a full disk, where the environment says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = dspy.Predict(Sentiment)
+
+    def forward(self, text):
+        if FILE_LIMIT in os.environ:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ[FILE_LIMIT]), most))
+        return self.judge(text=text)
+
+
 class Unpicklable(dspy.Module):
     """Holds a lock, which no other process can be sent."""
 
@@ -130,6 +149,10 @@ def build_connected():
 
 def build_raising():
     return Raising()
+
+
+def build_on_a_small_disk():
+    return OnASmallDisk()
 
 
 def build_unpicklable():

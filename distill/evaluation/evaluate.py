@@ -17,6 +17,7 @@ from distill.programs import Task
 from distill.tracing.actor import LmSpec
 from distill.tracing.collect import OnProgress, collect
 from distill.tracing.collection import Collection
+from distill.tracing.spending import Spending
 from distill.tracing.trace import FailureKind, Trace
 from serve.batcher import Batcher
 from serve.dspy_lm import CONNECTION, student_adapter
@@ -56,8 +57,15 @@ def student_lm(model: str, identity: Any, num_gpus: float, teacher: LmSpec) -> L
     )
 
 
-def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
+def run_arm(
+    job: Collection, on_progress: OnProgress, spending: Spending | None = None
+) -> list[ExampleResult]:
     """Answer every example of the job, and score the answers.
+
+    Args:
+        job: The arm.
+        on_progress: As ``collect``'s.
+        spending: Is added what the arm was paid.
 
     Returns:
         One result per example, in their order; equal examples share an answer.
@@ -65,7 +73,8 @@ def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
     collect(job, on_progress)
     examples = distinct(job.examples)
     results = {
-        trace.example_id: _result(trace, examples[trace.example_id]) for trace in job.traces()
+        trace.example_id: _result(trace, examples[trace.example_id])
+        for trace in job.traces(spending)
     }
     return [results[example_id(example)] for example in job.examples]
 

@@ -5,7 +5,6 @@ itself; only then does it acknowledge them. The driver holds ids and counts. Eva
 this with another LM, so it goes through here as well.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
@@ -15,7 +14,6 @@ from distill.tracing.governor import governing
 from distill.tracing.limits import Counts, StopReason, explain, should_stop, too_many_failed
 from distill.tracing.metrics import TraceMetrics
 from distill.tracing.pool import Landed, Pool, Worker
-from distill.tracing.spending import cost_usd, paid
 from distill.tracing.trace import Failure, FailureKind, Trace, Usage, rejection
 from distill.tracing.work import Outcome, Unit, Work
 from serve.errors import BudgetExceeded, TracingError
@@ -71,27 +69,22 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
 
 def _resume(job: Collection, work: Work) -> Counts:
     """Note in ``work`` what is done; left to do is what is new, and failures worth a retry."""
-    counts = Counts()
+    counts, spending = Counts(), job.spending()
     failures: dict[str, Failure] = {}
     alike: dict[tuple[FailureKind, str], Failure] = {}
     has_metric = job.task.metric is not None
     # Whether a hint is due is for the metric to say as it is now.
-    with job.scoring() if job.hints else contextlib.nullcontext() as scored:
-        for trace in job.store.scan():
-            if trace.key not in work.keys:
-                continue
-            # Of first tries as well, which later ones have replaced.
-            counts.cost_usd += cost_usd(paid(trace, job.lm.override_lms))
-            if work.is_finished(trace.key):
-                continue
-            if trace.failure:
-                kind = (trace.failure.kind, trace.failure.type)
-                failures[trace.key] = alike.setdefault(kind, trace.failure)
-                continue
-            failures.pop(trace.key, None)
-            trace = scored(trace, work.example(trace.key)) if scored else trace
-            work.finish(trace.key, outcome_of(trace, has_metric, job.threshold))
-            counts.add(None, None)
+    for trace in job.traces(spending) if job.hints else job.records(spending):
+        if work.is_finished(trace.key):
+            continue
+        if trace.failure:
+            kind = (trace.failure.kind, trace.failure.type)
+            failures[trace.key] = alike.setdefault(kind, trace.failure)
+            continue
+        failures.pop(trace.key, None)
+        work.finish(trace.key, outcome_of(trace, has_metric, job.threshold))
+        counts.add(None, None)
+    counts.cost_usd = spending.cost_usd
     _finish_failed(job, work, counts, failures)
     return counts
 

@@ -1,10 +1,9 @@
 """A task to run over examples with an LM: what there is to do, and what the store holds of it.
 
-Reads only. Running what the store does not hold yet is ``collect``.
+Calls no teacher. Running what the store does not hold yet is ``collect``.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dspy
@@ -13,17 +12,14 @@ from distill.datasets import distinct
 from distill.fingerprints import fingerprint
 from distill.programs import Task, program_fingerprint
 from distill.tracing.actor import LmSpec
-from distill.tracing.conductor import CallSettings, Conductor
+from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_when_asked
 from distill.tracing.limits import Limits
-from distill.tracing.permits import Bounds
-from distill.tracing.spending import cost_usd, paid_by_predictor
+from distill.tracing.rescoring import Rescorer
+from distill.tracing.spending import Spending
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import Trace, Usage
-from distill.tracing.tracer import with_current_score
+from distill.tracing.trace import Trace
 from distill.tracing.work import Work
-from serve.dspy_lm import governed
-from serve.errors import BudgetExceeded, BudgetSpent, CallPrevented, TracingError
 
 
 @dataclass(frozen=True)
@@ -65,50 +61,37 @@ class Collection:
         """The keys of its traces, those of one example together."""
         return self.work().keys
 
-    def traces(self) -> Iterator[Trace]:
+    def traces(self, spending: Spending | None = None) -> Iterator[Trace]:
         """What the store holds of it, by example and then sample, scored by today's metric.
+
+        Args:
+            spending: Is added what all of this was paid, by the time that the last one is there.
 
         Raises:
             BudgetExceeded, TracingError: The metric asks an LM, and may not.
         """
         work = self.work()
-        with self.scoring() as scored:
-            for trace in self.store.read(work.keys):
-                yield scored(trace, work.example(trace.key))
+        spending = spending or self.spending()
+        found = self.store.read(work.keys, self.task.metric_identity, spending.add)
+        with gate_when_asked(self.store.uri, lambda: self.limits.bounds(spending.cost_usd)) as gate:
+            rescorer = Rescorer(
+                self.task, (self.lm.judge or self.lm.make)(), gate, self.calls, self.store, spending
+            )
+            pairs = ((trace, work.example(trace.key)) for trace in found)
+            yield from rescorer.scored(pairs, self.concurrency)
 
-    def paid(self) -> dict[str, Usage]:
-        """What it has paid for, by predictor: first tries that were replaced as well."""
-        keys = self.keys()
-        records = (trace for trace in self.store.scan() if trace.key in keys)
-        return paid_by_predictor(records, self.lm.override_lms)
+    def records(self, spending: Spending) -> Iterator[Trace]:
+        """All that was ever recorded of it, in no particular order, as it was then.
 
-    @contextlib.contextmanager
-    def scoring(self) -> Iterator[Callable[[Trace, dspy.Example], Trace]]:
-        """Scores traces of an example by the metric as it is now; the LM it asks is governed.
-
-        Raises:
-            BudgetExceeded, TracingError: As ``traces``.
+        Args:
+            spending: Is added what each was paid.
         """
-        failed: list[Exception] = []
-        with gate_when_asked(self.store.uri, self._bounds) as gate:
-            conductor = Conductor(gate, self.calls, lambda _: None, failed.append)
-            judge = governed((self.lm.judge or self.lm.make)(), conductor)
+        keys = self.keys()
+        for trace in self.store.scan():
+            if trace.key in keys:
+                spending.add(trace)
+                yield trace
 
-            def scored(trace: Trace, example: dspy.Example) -> Trace:
-                found = with_current_score(trace, example, self.task, judge)
-                _raise_prevented(failed)
-                return found
-
-            yield scored
-
-    def _bounds(self) -> Bounds:
-        return self.limits.bounds(cost_usd(self.paid()))
-
-
-def _raise_prevented(failed: Sequence[Exception]) -> None:
-    # Not a bad score: what the metric would have said is not known.
-    for error in failed:
-        if isinstance(error, BudgetSpent):
-            raise BudgetExceeded(f"The metric asks an LM: {error}") from error
-        if isinstance(error, CallPrevented):
-            raise TracingError(f"The metric asks an LM: {error}") from error
+    def spending(self) -> Spending:
+        """Counts what is paid of it; nothing yet."""
+        return Spending(ours=self.lm.override_lms)

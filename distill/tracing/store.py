@@ -7,11 +7,12 @@ dropped; damage anywhere else is an error. How a line is written is ``records``.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,11 +31,10 @@ MAX_OPEN_FILES = 100
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a record lies, and whether it tells of a failure."""
+    """Where a record lies."""
 
     segment: str
     offset: int
-    failed: bool
 
 
 class TraceStore:
@@ -82,22 +82,37 @@ class TraceStore:
         for _, trace in self._scan():
             yield trace
 
-    def read(self, keys: Iterable[str]) -> Iterator[Trace]:
-        """The traces of these keys, in their order; of several with one key, a finished one.
+    def read(
+        self,
+        keys: Iterable[str],
+        metric: str | None = None,
+        seen: Callable[[Trace], None] | None = None,
+    ) -> Iterator[Trace]:
+        """The traces of these keys, in their order.
 
-        Holds where the records lie, not the records.
+        Of several records with one key a finished one counts, and of these one with a score by
+        the metric. Holds where the records lie, not the records.
+
+        Args:
+            keys: Of the traces.
+            metric: What names it.
+            seen: Is handed every record with these keys before the first trace is there.
 
         Raises:
             TraceStoreError: As ``scan``.
         """
-        places: dict[str, Position | None] = dict.fromkeys(keys)
+        places: dict[str, tuple[int, Position] | None] = dict.fromkeys(keys)
         with self._fetched() as store, contextlib.ExitStack() as stack:
             for position, trace in store._scan():
-                known = places.get(trace.key)
-                if trace.key in places and (known is None or known.failed or not position.failed):
-                    places[trace.key] = position
+                if trace.key not in places:
+                    continue
+                if seen:
+                    seen(trace)
+                known, rank = places[trace.key], _rank(trace, metric)
+                if known is None or rank >= known[0]:
+                    places[trace.key] = rank, position
             files: dict[str, IO[bytes]] = {}
-            for position in filter(None, places.values()):
+            for _, position in filter(None, places.values()):
                 if position.segment not in files and len(files) == MAX_OPEN_FILES:
                     stack.close()
                     files.clear()
@@ -112,26 +127,42 @@ class TraceStore:
         return {trace.key: trace for trace in self.read(keys)}
 
     def _scan(self) -> Iterator[tuple[Position, Trace]]:
-        self._fs.invalidate_cache()
-        for segment in sorted(self._fs.glob(f"{self._path}/*.jsonl")):
+        for segment in self._segments():
             yield from self._scan_segment(segment)
+
+    def _segments(self) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            # Not glob(), to which a folder that cannot be listed is an empty one.
+            names = self._fs.ls(self._path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        return sorted(name for name in names if name.endswith(".jsonl"))
 
     def _scan_segment(self, segment: str) -> Iterator[tuple[Position, Trace]]:
         offset = 0
-        with self._fs.open(segment, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    logger.warning("%s: dropped a torn last record (%d B).", segment, len(line))
-                    return
-                try:
-                    trace = decode(line)
-                except ValueError as error:
-                    raise TraceStoreError(
-                        f"{segment}, line {number}: is damaged ({error}). Restore the file, or "
-                        "remove that line to trace its example anew."
-                    ) from error
-                yield Position(segment, offset, trace.failure is not None), trace
-                offset += len(line)
+        for number, line in enumerate(self._lines(segment), 1):
+            if not line.endswith(b"\n"):
+                logger.warning("%s: dropped a torn last record (%d B).", segment, len(line))
+                return
+            try:
+                trace = decode(line)
+            except ValueError as error:
+                raise TraceStoreError(
+                    f"{segment}, line {number}: is damaged ({error}). Restore the file, or "
+                    f"remove that line (sed -i {number}d FILE) to trace its example anew."
+                ) from error
+            yield Position(segment, offset), trace
+            offset += len(line)
+
+    def _lines(self, segment: str) -> Iterator[bytes]:
+        try:
+            with self._fs.open(segment, "rb") as file:
+                yield from file
+        except OSError as error:
+            raise _unreadable(segment, error) from error
 
     @contextlib.contextmanager
     def _fetched(self) -> Iterator["TraceStore"]:
@@ -140,8 +171,7 @@ class TraceStore:
             yield self
             return
         with tempfile.TemporaryDirectory(prefix="raydistill-") as folder:
-            self._fs.invalidate_cache()
-            for segment in self._fs.glob(f"{self._path}/*.jsonl"):
+            for segment in self._segments():
                 self._fs.get_file(segment, str(Path(folder) / segment.rsplit("/", 1)[-1]))
             yield TraceStore(folder)
 
@@ -194,8 +224,29 @@ def _append(name: str, data: bytes) -> None:
             os.close(folder)
 
 
-def _unwritable(path: str, error: OSError) -> TraceStoreError:
+def _rank(trace: Trace, metric: str | None) -> int:
+    """How good a record is among those with its key."""
+    if trace.failure is not None:
+        return 0
+    return 2 if trace.score is not None and trace.score.metric == metric else 1
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Make it a folder"),
+}
+
+
+def _unreadable(path: str, error: OSError) -> TraceStoreError:
     return TraceStoreError(
-        f"{path}: the trace store cannot be written ({error.strerror or error}). Make room or "
-        "correct its permissions, and run the same command again; what it holds is kept."
+        f"{path}: the trace store cannot be read ({error.strerror or error}). Make it readable, or "
+        "move it away to trace anew what it holds, and run the same command again."
+    )
+
+
+def _unwritable(path: str, error: OSError) -> TraceStoreError:
+    remedy = _REMEDIES.get(error.errno or 0, "Make it writable, or use another storage")
+    return TraceStoreError(
+        f"{path}: the trace store cannot be written ({error.strerror or error}). {remedy}, and "
+        "run the same command again; what was traced is kept."
     )

@@ -217,6 +217,11 @@ def score_prediction(
     return Score(identity, value)
 
 
+def is_scored(trace: Trace, task: Task) -> bool:
+    """Whether the trace's score is by the task's metric as it is now, or there can be none."""
+    return trace.prediction is None or task.metric_identity == (trace.score and trace.score.metric)
+
+
 def with_current_score(
     trace: Trace, example: dspy.Example, task: Task, judge: dspy.BaseLM
 ) -> Trace:
@@ -225,7 +230,7 @@ def with_current_score(
     A changed metric changes what is kept, not what the teacher said: the program is not run.
     """
     identity = task.metric_identity
-    if trace.prediction is None or identity == (trace.score and trace.score.metric):
+    if trace.prediction is None or is_scored(trace, task):
         return trace
     if task.metric is None or identity is None:
         return dataclasses.replace(trace, score=None)

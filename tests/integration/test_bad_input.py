@@ -48,6 +48,7 @@ def folder(tmp_path, teacher):
         ("teacher.lm.api_key=sk-secret", "environment"),
         ("teacher.lm.num_retries=-1", "not what dspy.LM takes"),
         ("storage=nope://bucket", "storage"),
+        ("storage=/sys/kernel", "storage: /sys/kernel/tiny cannot be written"),
         ("train.num_workers=4096", "needs 4096 CPUs; the cluster has"),
     ],
 )

@@ -11,6 +11,7 @@ import dspy
 import pytest
 import ray
 
+from distill.datasets import example_id
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
 from distill.tracing.collect import collect
@@ -18,7 +19,6 @@ from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.prices import Price
-from distill.tracing.spending import cost_usd
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import METRIC
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
@@ -46,7 +46,7 @@ class Moody(MoodTeacher):
     def __init__(self, latency_s=0.02, failing=0.0, garbled=0.0, hanging=0.0, capacity=None):
         super().__init__(latency_s)
         self.failing, self.garbled, self.hanging = failing, garbled, hanging
-        self.capacity, self.in_flight = capacity, 0
+        self.capacity, self.in_flight, self.most_in_flight = capacity, 0, 0
         self.times, self.said, self._draw = [], Counter(), random.Random(0)
         self.closed_until = 0.0
 
@@ -58,6 +58,7 @@ class Moody(MoodTeacher):
             self.said["hang"] += 1
             await asyncio.sleep(3600)
         self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -98,6 +99,13 @@ def ignore(*_):
     pass
 
 
+def paid_for(collection):
+    spending = collection.spending()
+    for _ in collection.records(spending):
+        pass
+    return spending
+
+
 def traces_of(collection):
     return list(collection.store.latest(collection.keys()).values())
 
@@ -115,17 +123,6 @@ def test_every_example_is_accounted_for_whatever_the_teacher_does(tmp_path):
     assert failures["AdapterParseError"] < 20
     assert teacher.said["hang"] > 0 < teacher.said[500]
     assert sum(trace.usage.calls for trace in traces) == teacher.said["reply"]
-
-
-def test_no_minute_at_the_teacher_sees_more_requests_than_allowed(tmp_path):
-    teacher = Moody(failing=0.05)
-    with serve_in_background(teacher) as server:
-        limited = job(server, tmp_path, 90, limits=Limits(requests_per_minute=80))
-        collect(limited, ignore)
-    times = teacher.times
-    for start in times:
-        assert sum(start <= time < start + 60 for time in times) <= 80
-    assert len(traces_of(limited)) == 90
 
 
 def test_an_outage_is_waited_out_without_losing_an_example(tmp_path):
@@ -161,12 +158,36 @@ def test_the_budget_is_passed_by_no_more_than_the_calls_in_flight(tmp_path):
         with pytest.raises(BudgetExceeded, match="budget_usd"):
             collect(bounded, ignore)
         spent = sum(trace.spent.cost_usd or 0.0 for trace in bounded.store.scan())
+        # Of several calls at once; each costs the same, so the budget is not passed at all.
+        assert teacher.most_in_flight > 8
         assert spent <= 20 * cost + cost / 2
         assert teacher.said["reply"] <= 2 * 20 + 1
         assert spent > 15 * cost
         collect(job(server, tmp_path, 100, programs.TwoSteps()), ignore)
         done = [trace for trace in traces_of(bounded) if not trace.failure]
         assert len(done) == 100
+
+
+class Wordy(Moody):
+    """Says ever more, so that each call costs more than those before it."""
+
+    def _reply(self, messages):
+        return f"{'word ' * 10 * self.said['reply']}\n{super()._reply(messages)}"
+
+
+def test_calls_that_cost_more_than_any_before_pass_the_budget_by_their_own_cost(tmp_path):
+    teacher = Wordy(latency_s=0.2)
+    with serve_in_background(teacher) as server:
+        limits = Limits(budget_usd=0.1)
+        bounded = job(server, tmp_path, 400, limits=limits)
+        with pytest.raises(BudgetExceeded, match="budget_usd"):
+            collect(bounded, ignore)
+    costs = [trace.spent.cost_usd or 0.0 for trace in bounded.store.scan()]
+    in_flight = teacher.most_in_flight
+    assert 8 < in_flight <= bounded.actors * bounded.concurrency
+    assert sum(costs) <= limits.budget_usd + in_flight * max(costs)
+    assert max(costs) > 3 * min(filter(None, costs))
+    assert sum(cost > 0 for cost in costs) == teacher.said["reply"] < 400
 
 
 def test_the_command_stops_at_the_budget_with_code_3_and_goes_on_with_more(tmp_path):
@@ -198,6 +219,10 @@ def asking_metric(example, prediction, trace=None):
     return dspy.Predict(programs.Sentiment)(text=example.text).mood == prediction.mood
 
 
+def other_asking_metric(example, prediction, trace=None):
+    return dspy.Predict(programs.Sentiment)(text=example.text).mood != prediction.mood
+
+
 def test_usage_is_told_by_predictor_and_a_metrics_calls_are_counted(tmp_path):
     teacher = Moody()
     with serve_in_background(teacher) as server:
@@ -223,13 +248,47 @@ def test_a_changed_metric_that_asks_an_lm_is_held_to_the_budget_as_well(tmp_path
     with serve_in_background(teacher) as server:
         plain = job(server, tmp_path, 6)
         collect(plain, ignore)
-        limits = Limits(budget_usd=cost_usd(plain.paid()))
+        limits = Limits(budget_usd=paid_for(plain).cost_usd)
         with pytest.raises(BudgetExceeded, match="The metric asks an LM"):
             list(job(server, tmp_path, 6, metric=asking_metric, limits=limits).traces())
         assert teacher.said["reply"] == 6
         judged = job(server, tmp_path, 6, metric=asking_metric)
-        assert [trace.score.value for trace in judged.traces()] == 6 * [1.0]
+        for _ in range(2):
+            assert [trace.score.value for trace in judged.traces()] == 6 * [1.0]
+        assert teacher.said["reply"] == 12
+        assert paid_for(judged).by_predictor[METRIC].calls == 6
+        # What judges cost counts against the budget of the next one.
+        limits = Limits(budget_usd=paid_for(judged).cost_usd)
+        with pytest.raises(BudgetExceeded, match="The metric asks an LM"):
+            list(job(server, tmp_path, 6, metric=other_asking_metric, limits=limits).traces())
+        again = list(job(server, tmp_path, 6, metric=asking_metric, limits=limits).traces())
+        assert [trace.score.value for trace in again] == 6 * [1.0]
     assert teacher.said["reply"] == 12
+
+
+def test_a_changed_metric_asks_its_lm_several_times_at_once_and_keeps_the_order(tmp_path):
+    teacher = Moody(latency_s=0.1)
+    with serve_in_background(teacher) as server:
+        collect(job(server, tmp_path, 40), ignore)
+        teacher.most_in_flight = 0
+        judged = job(server, tmp_path, 40, metric=asking_metric)
+        ids = [trace.example_id for trace in judged.traces()]
+    assert ids == [example_id(example) for example in judged.examples]
+    assert 4 < teacher.most_in_flight <= judged.concurrency
+
+
+def test_what_judges_have_said_is_kept_when_the_budget_stops_them(tmp_path):
+    teacher = Moody(latency_s=0.05)
+    with serve_in_background(teacher) as server:
+        plain = job(server, tmp_path, 40)
+        collect(plain, ignore)
+        limits = Limits(budget_usd=1.5 * paid_for(plain).cost_usd)
+        with pytest.raises(BudgetExceeded, match="The metric asks an LM"):
+            list(job(server, tmp_path, 40, metric=asking_metric, limits=limits).traces())
+        assert 40 < teacher.said["reply"] < 80
+        assert paid_for(plain).by_predictor[METRIC].calls == teacher.said["reply"] - 40
+        assert len(list(job(server, tmp_path, 40, metric=asking_metric).traces())) == 40
+    assert teacher.said["reply"] == 80
 
 
 def test_samples_and_hints_are_let_through_and_paid_like_all_else(tmp_path):
@@ -242,6 +301,6 @@ def test_samples_and_hints_are_let_through_and_paid_like_all_else(tmp_path):
     traces = list(several.traces())
     assert len(traces) == 3 * 30
     assert sum(trace.hinted for trace in traces) == 30
-    paid = several.paid()["self"]
+    paid = paid_for(several).by_predictor["self"]
     assert paid.calls == teacher.said["reply"] == 90
     assert paid.cost_usd > 0

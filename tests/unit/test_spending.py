@@ -1,6 +1,6 @@
 """What was paid for: by predictor, and by whom the calls were answered."""
 
-from distill.tracing.spending import cost_usd, paid, paid_by_predictor
+from distill.tracing.spending import Spending, paid
 from distill.tracing.trace import METRIC, Trace, Usage
 
 KNOWN, UNKNOWN = Usage(1, 10, 2, 0.5), Usage(1, None, None, None)
@@ -11,16 +11,26 @@ def trace(**usages):
     return Trace("k", "e", (), None, Usage(), 0.0, usages=named)
 
 
+def total(*traces):
+    spending = Spending()
+    for each in traces:
+        spending.add(each)
+    return spending
+
+
 def test_usages_add_up_by_predictor():
-    found = paid_by_predictor([trace(judge=KNOWN), trace(judge=KNOWN, answer=KNOWN)], ours=False)
-    assert found == {"judge": Usage(2, 20, 4, 1.0), "answer": KNOWN}
-    assert cost_usd(found) == 1.5
+    found = total(trace(judge=KNOWN), trace(judge=KNOWN, answer=KNOWN))
+    assert found.by_predictor == {"judge": Usage(2, 20, 4, 1.0), "answer": KNOWN}
+    assert found.cost_usd == 1.5
 
 
 def test_a_sum_with_an_unknown_part_stays_unknown():
     for traces in ([trace(judge=UNKNOWN), trace(judge=KNOWN)], 2 * [trace(judge=UNKNOWN)]):
-        found = paid_by_predictor([*traces, trace(judge=KNOWN)], ours=False)
-        assert found == {"judge": Usage(3, None, None, None)}
+        found = total(*traces, trace(judge=KNOWN))
+        assert found.by_predictor == {"judge": Usage(3, None, None, None)}
+        assert found.cost_usd == 0.5 * (
+            3 - [each.usages["judge"] for each in traces].count(UNKNOWN)
+        )
 
 
 def test_of_a_student_only_its_metrics_calls_are_paid():

@@ -155,6 +155,38 @@ def test_of_two_traces_of_one_key_the_finished_one_counts(tmp_path):
     assert store.latest(["a"])["a"].failure is None
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_of_two_scores_of_one_key_the_metrics_own_counts(tmp_path, order):
+    store = TraceStore(str(tmp_path))
+    failed = trace("a", failure=Failure(FailureKind.TEACHER, "LMTimeoutError", "slow"))
+    records = [trace("a", score=Score("m1", 1.0)), trace("a", score=Score("m2", 2.0)), failed]
+    for number in order:
+        store.writer().append([records[number].to_json()])
+    for metric, value in (("m1", 1.0), ("m2", 2.0)):
+        assert [found.score.value for found in store.read(["a"], metric)] == [value]
+
+
+def test_every_record_of_the_keys_is_seen_before_the_first_trace_is_there(tmp_path):
+    store = TraceStore(str(tmp_path))
+    for key in ("a", "b", "a", "c"):
+        store.writer().append([trace(key).to_json()])
+    seen = []
+    next(store.read(["a", "b"], seen=lambda found: seen.append(found.key)))
+    assert sorted(seen) == ["a", "a", "b"]
+
+
+@pytest.mark.parametrize("what", ["segment.jsonl", ""])
+def test_what_cannot_be_read_is_never_taken_for_empty(tmp_path, monkeypatch, what):
+    store = TraceStore(str(tmp_path))
+    store.writer().append([trace("a").to_json()])
+    if what:
+        (tmp_path / what).mkdir()
+    else:
+        monkeypatch.setattr(os, "scandir", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    with pytest.raises(TraceStoreError, match=rf"{what or tmp_path.name}: .*cannot be read"):
+        list(store.scan())
+
+
 def test_after_a_failed_write_the_next_goes_to_another_segment(tmp_path, monkeypatch):
     store = TraceStore(str(tmp_path))
     writer = store.writer()

@@ -1,0 +1,124 @@
+"""Scores stored traces by the metric as it is now, several at once.
+
+A metric that asks an LM is paid for, so what it says is kept: as one more record of the same
+trace, which has the new score, and the usage of the metric alone. Which record counts is for
+``TraceStore.read``.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import dspy
+
+from distill.programs import Task
+from distill.tracing.conductor import CallSettings, Conductor
+from distill.tracing.gate import Gate
+from distill.tracing.spending import Spending
+from distill.tracing.store import SegmentWriter, TraceStore
+from distill.tracing.trace import METRIC, Trace, Usage, total_usage
+from distill.tracing.tracer import is_scored, with_current_score
+from serve.dspy_lm import governed
+from serve.errors import BudgetExceeded, BudgetSpent, CallPrevented, TracingError
+
+SCORING = "raydistill_scoring"
+"""Key in DSPy's settings, which follow a metric into its threads."""
+
+
+@dataclass
+class _Scoring:
+    """What the metric's LM took for one trace, and the calls that were not made."""
+
+    usages: list[Usage] = field(default_factory=list)
+    prevented: list[CallPrevented] = field(default_factory=list)
+
+
+class Rescorer:
+    """Scores traces anew.
+
+    Args:
+        task: Whose metric scores.
+        judge: The LM that the metric may ask.
+        gate: Lets its calls through.
+        calls: How they are made.
+        store: Keeps the scores that were paid for.
+        spending: Is added what they took.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        judge: dspy.BaseLM,
+        gate: Gate,
+        calls: CallSettings,
+        store: TraceStore,
+        spending: Spending,
+    ) -> None:
+        self._task, self._store, self._spending = task, store, spending
+        self._judge = governed(judge, Conductor(gate, calls, _record, _record_error))
+        self._unwritten: deque[Trace] = deque()
+        self._writing = threading.Lock()
+        self._writer: SegmentWriter | None = None
+
+    def scored(
+        self, traces: Iterable[tuple[Trace, dspy.Example]], concurrency: int
+    ) -> Iterator[Trace]:
+        """The traces in their order, each scored by the metric; so many at once.
+
+        Raises:
+            BudgetExceeded, TracingError: The metric asks an LM, and may not.
+            TraceStoreError: What it said cannot be written.
+        """
+        window: deque[Future[Trace]] = deque()
+        threads = ThreadPoolExecutor(concurrency, thread_name_prefix="metric")
+        try:
+            for trace, example in traces:
+                if not window and is_scored(trace, self._task):
+                    yield trace
+                    continue
+                window.append(threads.submit(self._score, trace, example))
+                if len(window) == concurrency:
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _score(self, trace: Trace, example: dspy.Example) -> Trace:
+        scoring = _Scoring()
+        with dspy.context(**{SCORING: scoring}):
+            found = with_current_score(trace, example, self._task, self._judge)
+        # Not a bad score: what the metric would have said is not known.
+        known = trace if scoring.prevented else found
+        if scoring.usages:
+            self._keep(replace(known, usages={METRIC: total_usage(scoring.usages)}))
+        for error in scoring.prevented:
+            kind = BudgetExceeded if isinstance(error, BudgetSpent) else TracingError
+            raise kind(f"The metric asks an LM: {error}") from error
+        return known
+
+    def _keep(self, trace: Trace) -> None:
+        self._unwritten.append(trace)
+        with self._writing:
+            # Whoever is first writes for all who wait, so one sync is for many.
+            batch = [self._unwritten.popleft() for _ in range(len(self._unwritten))]
+            if batch:
+                # Only now, so that a store that nothing is paid for may be read-only.
+                self._writer = self._writer or self._store.writer()
+                self._writer.append([each.to_json() for each in batch])
+            for each in batch:
+                self._spending.add(each)
+
+
+def _record(usage: Usage) -> None:
+    scoring = dspy.settings.get(SCORING)
+    if scoring is not None:
+        scoring.usages.append(usage)
+
+
+def _record_error(error: Exception) -> None:
+    scoring = dspy.settings.get(SCORING)
+    if scoring is not None and isinstance(error, CallPrevented):
+        scoring.prevented.append(error)
