@@ -16,14 +16,14 @@ from distill.tracing.actor import LmSpec
 from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.governor import gate_when_asked
 from distill.tracing.limits import Limits
-from distill.tracing.permits import Bounds
+from distill.tracing.permits import Bounds, Stop
 from distill.tracing.spending import cost_usd, paid_by_predictor
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import Trace, Usage
 from distill.tracing.tracer import with_current_score
 from distill.tracing.work import Work
 from serve.dspy_lm import governed
-from serve.errors import BudgetExceeded, BudgetSpent, CallPrevented, TracingError
+from serve.errors import BudgetExceeded, CallPrevented, TracingError
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class Collection:
             yield scored
 
     def _bounds(self) -> Bounds:
-        return self.limits.bounds(cost_usd(self.paid()))
+        return self.limits.after(cost_usd(self.paid()))
 
 
 def _raise_prevented(failed: Sequence[Exception]) -> None:
     # Not a bad score: what the metric would have said is not known.
     for error in failed:
-        if isinstance(error, BudgetSpent):
+        if isinstance(error, CallPrevented) and error.stop == Stop.BUDGET:
             raise BudgetExceeded(f"The metric asks an LM: {error}") from error
         if isinstance(error, CallPrevented):
             raise TracingError(f"The metric asks an LM: {error}") from error

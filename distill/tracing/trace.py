@@ -20,6 +20,8 @@ class FailureKind(StrEnum):
     """The LM did not answer: network, rate limit, authentication."""
     PROGRAM = "program"
     """The user's program raised."""
+    PREVENTED = "prevented"
+    """No call of the run was made any more; the type says why."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,12 @@ def passes(score: Score | None, threshold: float | None) -> bool:
 
 
 def total_usage(usages: Sequence[Usage]) -> Usage:
-    """Sums; a sum with an unknown part is unknown. What made no call adds nothing."""
+    """Sums of what is known; unknown where nothing is. What made no call adds nothing."""
     usages = [usage for usage in usages if usage.calls]
 
     def total(values: Sequence[Any]) -> Any:
-        return None if not values or None in values else sum(values)
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
 
     return Usage(
         calls=sum(usage.calls for usage in usages),

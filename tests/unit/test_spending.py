@@ -17,10 +17,12 @@ def test_usages_add_up_by_predictor():
     assert cost_usd(found) == 1.5
 
 
-def test_a_sum_with_an_unknown_part_stays_unknown():
-    for traces in ([trace(judge=UNKNOWN), trace(judge=KNOWN)], 2 * [trace(judge=UNKNOWN)]):
-        found = paid_by_predictor([*traces, trace(judge=KNOWN)], ours=False)
-        assert found == {"judge": Usage(3, None, None, None)}
+def test_what_is_known_of_a_sum_counts_and_nothing_known_is_unknown():
+    found = paid_by_predictor([trace(judge=UNKNOWN), trace(judge=KNOWN)], ours=False)
+    assert found == {"judge": Usage(2, 10, 2, 0.5)}
+    assert cost_usd(found) == 0.5
+    unknown = paid_by_predictor([trace(judge=UNKNOWN), trace(judge=UNKNOWN)], ours=False)
+    assert unknown == {"judge": Usage(2, None, None, None)}
 
 
 def test_of_a_student_only_its_metrics_calls_are_paid():
