@@ -7,11 +7,11 @@ from typing import Any
 import dspy
 
 from distill import datasets, rows
-from distill.config import RunConfig
+from distill.config import PriceConfig, RunConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.preflight import Inputs
 from distill.tracing.conductor import CallSettings
-from distill.tracing.prices import Price, cost_usd, price_of
+from distill.tracing.prices import cost_usd, price_of
 from serve.dspy_lm import list_price
 
 CHARS_PER_TOKEN = 4
@@ -84,13 +84,13 @@ def _characters(
     return sum(len(str(message["content"])) for message in prompt), len(written)
 
 
-def _price(config: RunConfig) -> Price | None:
+def _price(config: RunConfig) -> PriceConfig | None:
     model = config.teacher.lm["model"]
     given = price_of(model, CallSettings.of(config.trace).prices)
     if given:
         return given
     listed = list_price(teacher_lm(config.teacher.lm).make())
-    return Price(*listed) if listed else None
+    return PriceConfig(input=listed[0], output=listed[1]) if listed else None
 
 
 def _seconds(config: RunConfig, calls: int, tokens: int) -> float:

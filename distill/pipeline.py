@@ -66,6 +66,7 @@ class Rows:
     val: str
     fingerprint: str
     outputs: Sequence[str]
+    spent_usd: float
     tracing: dict[str, Any]
     folding: dict[str, Any] | None
 
@@ -125,6 +126,7 @@ def make_rows(run: Run) -> Rows:
         val=run.directory.join("rows/val.jsonl"),
         fingerprint=identity,
         outputs=list(selection.outputs),
+        spent_usd=spending.cost_usd,
         tracing=summary.tracing_section(run.directory, selection, spending.by_predictor),
         folding=summary.folding_section(folding, counts),
     )
@@ -168,7 +170,7 @@ def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
             "configuration. Run raydistill train first."
         )
     report = build_report(
-        arms=_run_arms(run, job.identity(), spent_usd=rows.tracing["cost_usd"] or 0.0),
+        arms=_run_arms(run, job.identity(), rows.spent_usd),
         tracing=rows.tracing,
         training=summary.training_section(
             directory.read_json(f"{export.STUDENT}/{export.TRAINING}")

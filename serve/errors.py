@@ -38,23 +38,19 @@ class BudgetExceeded(DistillError, RuntimeError):
 
 
 class CallPrevented(DistillError, RuntimeError):
-    """An LM call that was not made, since no call of the run is made any more."""
+    """An LM call that was not made, since no call of the run is made any more.
 
+    Args:
+        message: Why, in words.
+        stop: Names why.
+    """
 
-class BudgetSpent(CallPrevented):
-    """The budget does not cover another call."""
+    def __init__(self, message: str, stop: str = "") -> None:
+        super().__init__(message, stop)
+        self.stop = stop
 
-
-class Unpriced(CallPrevented):
-    """There is a budget, and the price of a call is not known."""
-
-
-class TeacherDown(CallPrevented):
-    """The teacher has not replied to anybody for long."""
-
-
-class TeacherUnusable(CallPrevented):
-    """The teacher refuses all calls: the key, the bill or the model is wrong."""
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class TrainingError(DistillError, RuntimeError):

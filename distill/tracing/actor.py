@@ -93,7 +93,6 @@ class Acknowledgement:
     calls: int
     tokens: int
     cost_usd: float | None
-    unpriced: bool
     rejected: str | None
     usages: Mapping[str, Usage]
 
@@ -101,10 +100,16 @@ class Acknowledgement:
 def outcome_of(trace: Trace, has_metric: bool, threshold: float | None) -> Outcome:
     """What became of the unit that this is the trace of."""
     if trace.failure:
-        by_teacher = trace.failure.kind is FailureKind.TEACHER
+        by_teacher = trace.failure.kind in (FailureKind.TEACHER, FailureKind.PREVENTED)
         return Outcome.UNANSWERED if by_teacher else Outcome.REJECTED
     passed = not has_metric or passes(trace.score, threshold)
     return Outcome.PASSED if passed else Outcome.REJECTED
+
+
+def _never_ran(trace: Trace) -> bool:
+    """Whether nothing was paid or learned that is worth keeping."""
+    prevented = trace.failure is not None and trace.failure.kind is FailureKind.PREVENTED
+    return prevented and not trace.spent.calls
 
 
 class TraceActor:
@@ -188,7 +193,8 @@ class TraceActor:
                 trace = replace(
                     trace, example_id=unit.example_id, sample=unit.sample, hinted=unit.hinted
                 )
-                await self._commit(trace)
+                if not _never_ran(trace):
+                    await self._commit(trace)
         # A tracer keeps what the program raises; what gets here would be lost in the task.
         except Exception as error:
             self._error = self._error or error
@@ -206,7 +212,6 @@ class TraceActor:
             calls=spent.calls,
             tokens=(spent.prompt_tokens or 0) + (spent.completion_tokens or 0),
             cost_usd=paid_for.cost_usd,
-            unpriced=paid_for.calls > 0 and paid_for.cost_usd is None,
             rejected=rejection(trace, self._has_metric, self._job.threshold),
             usages=trace.usages,
         )

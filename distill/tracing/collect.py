@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from distill.tracing.actor import Acknowledgement, Assignment, outcome_of
 from distill.tracing.collection import Collection
 from distill.tracing.governor import governing
-from distill.tracing.limits import Counts, StopReason, explain, should_stop, too_many_failed
+from distill.tracing.limits import Counts, explain, should_stop, too_many_failed
 from distill.tracing.metrics import TraceMetrics
+from distill.tracing.permits import Stop
 from distill.tracing.pool import Landed, Pool, Worker
 from distill.tracing.trace import Failure, FailureKind, Trace, Usage, rejection
 from distill.tracing.work import Outcome, Unit, Work
@@ -44,8 +45,8 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
     on_progress(counts, 0, work.total)
     if not work.remaining:
         return
-    bounds = job.limits.bounds(counts.cost_usd)
-    with job.store.beacon() as beacon, governing(job.store.uri, bounds) as governor:
+    limits = job.limits.after(counts.cost_usd)
+    with job.store.beacon() as beacon, governing(job.store.uri, limits) as governor:
         assignment = Assignment(
             task=job.task.dumps(),
             lm=job.lm,
@@ -61,7 +62,7 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
             Pool(assignment, job.actors, job.max_actors or job.actors) as pool,
         ):
             stopped = _Dispatcher(job, work, counts, pool, metrics, on_progress).run()
-    if stopped is StopReason.BUDGET:
+    if stopped is Stop.BUDGET:
         raise BudgetExceeded(explain(stopped, counts, job.limits))
     if stopped:
         raise TracingError(explain(stopped, counts, job.limits))
@@ -76,6 +77,8 @@ def _resume(job: Collection, work: Work) -> Counts:
     # Whether a hint is due is for the metric to say as it is now.
     for trace in job.traces(spending) if job.hints else job.records(spending):
         if work.is_finished(trace.key):
+            continue
+        if trace.failure and trace.failure.kind is FailureKind.PREVENTED:
             continue
         if trace.failure:
             kind = (trace.failure.kind, trace.failure.type)
@@ -121,40 +124,36 @@ class _Dispatcher:
         self._calls = 0
         self._deaths = 0
 
-    def run(self) -> StopReason | None:
+    def run(self) -> Stop | None:
         """Dispatch until nothing is left, or until a limit says stop."""
-        stopped = None
+        stopped = self._limit()
         while self._pool.num_in_flight or (self._work.remaining and not stopped):
             self._pool.resize(0 if stopped else self._work.remaining)
             for worker, room in self._pool.rooms(self._work.remaining):
-                units, stopped = self._choose(worker, room, stopped)
+                units = [] if stopped else self._choose(worker, room)
                 if units or worker.units:
                     worker.give(units)
             self._metrics.in_flight(self._pool.num_running)
             for landed in self._pool.wait():
                 self._land(landed)
-            stopped = stopped or self._limit(0)
+            stopped = stopped or self._limit()
             self._on_progress(self._counts, self._calls, self._work.total)
         return stopped
 
-    def _choose(
-        self, worker: Worker, room: int, stopped: StopReason | None
-    ) -> tuple[list[Unit], StopReason | None]:
-        """What a worker is given next, and whether a limit says stop."""
+    def _choose(self, worker: Worker, room: int) -> list[Unit]:
+        """What a worker is given next."""
         units: list[Unit] = []
         held = list(worker.units)
-        while len(units) < room and not stopped:
-            stopped = self._limit(len(units))
-            unit = None if stopped else self._work.take(held)
+        while len(units) < room:
+            unit = self._work.take(held)
             if unit is None:
                 break
             units.append(unit)
             held.append(unit.key)
-        return units, stopped
+        return units
 
-    def _limit(self, num_about_to_start: int) -> StopReason | None:
-        in_flight = self._pool.num_in_flight + num_about_to_start
-        return should_stop(self._counts, self._job.limits, in_flight, self._work.total)
+    def _limit(self) -> Stop | None:
+        return should_stop(self._counts, self._job.limits, self._work.total)
 
     def _land(self, landed: Landed) -> None:
         if landed.lost is not None:
@@ -169,7 +168,6 @@ class _Dispatcher:
         self._calls += acknowledged.calls
         self._counts.add(acknowledged.failure, acknowledged.cost_usd)
         self._counts.tokens += acknowledged.tokens
-        self._counts.unpriced |= acknowledged.unpriced
         self._metrics.ended(acknowledged.rejected, acknowledged.usages)
 
     def _lose(self, landed: Landed) -> None:

@@ -73,7 +73,7 @@ class Collection:
         work = self.work()
         spending = spending or self.spending()
         found = self.store.read(work.keys, self.task.metric_identity, spending.add)
-        with gate_when_asked(self.store.uri, lambda: self.limits.bounds(spending.cost_usd)) as gate:
+        with gate_when_asked(self.store.uri, lambda: self.limits.after(spending.cost_usd)) as gate:
             rescorer = Rescorer(
                 self.task, (self.lm.judge or self.lm.make)(), gate, self.calls, self.store, spending
             )

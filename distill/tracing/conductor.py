@@ -6,37 +6,44 @@ every LM call here.
 
 import asyncio
 import contextlib
+import contextvars
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import dspy
 
 from distill.config import TraceConfig
-from distill.tracing.gate import Gate, OpenGate, Stopped
-from distill.tracing.permits import Ask, Ended, Outcome, Permit, Stop
-from distill.tracing.prices import Price, Prices, entry_usage
-from distill.tracing.retries import CallFailure, GiveUp, Retry, StopAll, decide
-from distill.tracing.trace import Usage, total_usage
-from serve.dspy_lm import AsyncAttempt, Attempt, Entry, is_cached, lm_failure, retry_after_s
-from serve.errors import BudgetSpent, CallPrevented, TeacherDown, TeacherUnusable, Unpriced
+from distill.tracing.gate import Gate, OpenGate
+from distill.tracing.permits import Ask, Outcome, Permit, Stop
+from distill.tracing.prices import Prices, entry_usage
+from distill.tracing.retries import CallFailure, GiveUp, Retry, StopAll, Tries, decide
+from distill.tracing.trace import Usage
+from serve.dspy_lm import (
+    AsyncAttempt,
+    Attempt,
+    Entry,
+    LmFailure,
+    is_cached,
+    lm_failure,
+    own_timeout_s,
+    retry_after_s,
+)
+from serve.errors import CallPrevented
 
+SENT_S = 2.0
+"""A request has left its process so long after its call was made, if nothing holds that up."""
 LANE = 90
 """Calls in flight of one LM through one HTTP client: DSPy 3.4's has 100 connections."""
 LANE_STEP_S = 1e-3
 _lanes: dict[str, Counter[int]] = {}
 """Calls in flight by model and lane: of the whole process, whose clients they go through."""
 _lanes_lock = threading.Lock()
-
-_REFUSALS: dict[Stop, tuple[type[CallPrevented], str]] = {
-    Stop.BUDGET: (BudgetSpent, "trace.budget_usd does not cover another call."),
-    Stop.UNPRICED: (Unpriced, "trace.budget_usd cannot be kept: a call has no known price."),
-    Stop.OUTAGE: (TeacherDown, "The teacher has not replied for a quarter of an hour."),
-    Stop.HOPELESS: (TeacherUnusable, "The teacher refuses all calls."),
-}
+_NONE = Tries()
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class CallSettings:
     """How calls are made.
 
     Attributes:
-        timeout_s: For one attempt; None is the LM's own.
+        timeout_s: For one attempt; None is no more than the LM's own.
         max_retries: None is each LM's own ``num_retries``.
         prices: Over DSPy's own.
     """
@@ -56,23 +63,23 @@ class CallSettings:
     @classmethod
     def of(cls, trace: TraceConfig) -> "CallSettings":
         """Those of a configuration."""
-        prices = {name: Price(each.input, each.output) for name, each in trace.prices.items()}
-        return cls(trace.call_timeout_s, trace.max_retries, prices)
+        return cls(trace.call_timeout_s, trace.max_retries, trace.prices)
 
 
 @dataclass
-class _Attempts:
-    """The attempts of one call."""
+class _Call:
+    """A call of an LM, in one attempt or several."""
 
+    lm: dspy.BaseLM
     ask: Ask
     max_retries: int
-    number: int = 0
+    tries: Tries = _NONE
     outages: int | None = None
 
     def permitted(self, permit: Permit) -> None:
         # What failed because the teacher was down is not held against the call.
         if self.outages is not None and permit.outages > self.outages:
-            self.number = 0
+            self.tries = _NONE
         self.outages = permit.outages
 
 
@@ -98,88 +105,117 @@ class Conductor:
 
     def conduct(self, lm: dspy.BaseLM, requests: int, attempt: Attempt) -> object:
         """Make one call from a thread."""
-        attempts = self._attempts(lm, requests)
+        call = self._call(lm, requests)
         while True:
-            with self._stoppable():
-                permit = self._gate.enter(attempts.ask)
-            attempts.permitted(permit)
-            start = time.monotonic()
+            with self._preventable():
+                permit = self._gate.enter(call.ask)
+            call.permitted(permit)
             try:
                 with self._lane(lm) as timeout_s:
-                    outputs, entries = attempt(timeout_s)
-            except Exception as error:
-                time.sleep(self._failed(attempts, permit, error, time.monotonic() - start))
-                continue
-            except BaseException:
-                self._gate.leave(permit, Outcome(Ended.OTHER))
-                raise
-            self._answered(lm, permit, entries)
-            return outputs
+                    outputs, entries = self._in_time(call, permit, attempt, timeout_s)
+            except BaseException as error:
+                time.sleep(self._failed(call, permit, error))
+            else:
+                self._answered(call, permit, entries)
+                return outputs
 
     async def aconduct(self, lm: dspy.BaseLM, requests: int, attempt: AsyncAttempt) -> object:
         """Make one call on an event loop."""
-        attempts = self._attempts(lm, requests)
+        call = self._call(lm, requests)
         while True:
-            with self._stoppable():
-                permit = await self._gate.aenter(attempts.ask)
-            attempts.permitted(permit)
-            start = time.monotonic()
+            with self._preventable():
+                permit = await self._gate.aenter(call.ask)
+            call.permitted(permit)
+            # By the loop's own clock: while the loop is held up, no request leaves.
+            sent = asyncio.get_running_loop().call_later(SENT_S, self._sent, call, permit)
             try:
                 with self._lane(lm) as timeout_s:
-                    outputs, entries = await attempt(timeout_s)
-            except Exception as error:
-                wait_s = self._failed(attempts, permit, error, time.monotonic() - start)
-                await asyncio.sleep(wait_s)
-                continue
-            except BaseException:
-                self._gate.leave(permit, Outcome(Ended.OTHER))
-                raise
-            self._answered(lm, permit, entries)
-            return outputs
+                    async with asyncio.timeout(timeout_s):
+                        outputs, entries = await attempt(timeout_s)
+            except BaseException as error:
+                await asyncio.sleep(self._failed(call, permit, error))
+            else:
+                self._answered(call, permit, entries)
+                return outputs
+            finally:
+                sent.cancel()
 
-    def _attempts(self, lm: dspy.BaseLM, requests: int) -> _Attempts:
+    def _call(self, lm: dspy.BaseLM, requests: int) -> _Call:
         given = self._settings.max_retries
-        return _Attempts(Ask(lm.model, requests), lm.max_retries if given is None else given)
+        return _Call(lm, Ask(lm.model, requests), lm.max_retries if given is None else given)
 
-    def _answered(self, lm: dspy.BaseLM, permit: Permit, entries: list[Entry]) -> None:
-        usages = [entry_usage(entry, self._settings.prices, is_cached(lm)) for entry in entries]
-        usage = total_usage(usages)
-        tokens = (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
-        self._gate.leave(permit, Outcome(Ended.ANSWERED, tokens, usage.cost_usd))
+    def _in_time(
+        self, call: _Call, permit: Permit, attempt: Attempt, timeout_s: float | None
+    ) -> tuple[object, list[Entry]]:
+        """The attempt's result, or TimeoutError; what it then still does is not waited for.
+
+        No client's own timeout bounds the whole of a call: a server may go on a byte at a time.
+        """
+        if timeout_s is None:
+            return attempt(None)
+        result: Future[tuple[object, list[Entry]]] = Future()
+        context = contextvars.copy_context()
+
+        def run() -> None:
+            try:
+                result.set_result(context.run(attempt, timeout_s))
+            except BaseException as error:
+                # Whatever it is, it is raised where the call was made.
+                result.set_exception(error)
+
+        thread = threading.Thread(target=run, name="lm-call", daemon=True)
+        thread.start()
+        thread.join(min(SENT_S, timeout_s))
+        if not result.done():
+            self._sent(call, permit)
+            thread.join(max(timeout_s - SENT_S, 0.0))
+        if not result.done():
+            raise TimeoutError(f"no answer within {timeout_s:g} s")
+        return result.result()
+
+    def _sent(self, call: _Call, permit: Permit) -> None:
+        # Several requests may be made one after the other.
+        if call.ask.requests == 1:
+            self._gate.sent(permit)
+
+    def _answered(self, call: _Call, permit: Permit, entries: list[Entry]) -> None:
+        cached, prices = is_cached(call.lm), self._settings.prices
+        usages = [entry_usage(entry, prices, cached) for entry in entries]
+        tokens = _sum([n for each in usages for n in (each.prompt_tokens, each.completion_tokens)])
+        cost_usd = _sum([each.cost_usd for each in usages])
+        self._gate.leave(
+            permit, Outcome(tokens=None if tokens is None else int(tokens), cost_usd=cost_usd)
+        )
         for each in usages:
             self._record(each)
 
-    def _failed(
-        self, attempts: _Attempts, permit: Permit, error: Exception, took_s: float
-    ) -> float:
+    def _failed(self, call: _Call, permit: Permit, error: BaseException) -> float:
         """Seconds after which to try again; raises where not to."""
-        failure = _failure(error, took_s, self._settings.timeout_s)
-        ended = failure.ended
+        failure, after_s, said = lm_failure(error), retry_after_s(error), _describe(error)
+        told = failure
         # What will not be tried again must not hold up others that will: the teacher may be up.
-        if attempts.max_retries == 0 and ended in (Ended.DOWN, Ended.TIMED_OUT):
-            ended = Ended.OTHER
-        self._gate.leave(permit, Outcome(ended, retry_after_s=failure.retry_after_s))
-        match decide(failure, attempts.number, attempts.max_retries, random.random):
+        if call.max_retries == 0:
+            told = _WITHOUT_RETRIES.get(failure, failure)
+        self._gate.leave(permit, Outcome(told, retry_after_s=after_s, said=said))
+        if not isinstance(error, Exception):
+            raise error
+        failed = CallFailure(failure, after_s, permit.probe)
+        match decide(failed, call.tries, call.max_retries, random.random):
             case StopAll():
-                unusable = TeacherUnusable(f"{type(error).__name__}: {error}")
+                unusable = CallPrevented(said, Stop.HOPELESS)
                 self._failed_for_good(unusable)
                 raise unusable from error
             case GiveUp():
                 self._failed_for_good(error)
                 raise error
-            case Retry(after_s):
-                attempts.number += 1
-                return after_s
+            case Retry(wait_s, tries):
+                call.tries = tries
+                return wait_s
 
     @contextlib.contextmanager
-    def _stoppable(self) -> Iterator[None]:
+    def _preventable(self) -> Iterator[None]:
         try:
             yield
-        except Stopped as stopped:
-            kind, message = _REFUSALS[stopped.stop]
-            refusal = kind(message)
-            self._failed_for_good(refusal)
-            raise refusal from stopped
         except CallPrevented as prevented:
             self._failed_for_good(prevented)
             raise
@@ -190,24 +226,35 @@ class Conductor:
 
         DSPy keeps an HTTP client for each timeout, so these are different clients.
         """
-        number = 0
+        own_s, number = own_timeout_s(lm), 0
         with _lanes_lock:
             lanes = _lanes.setdefault(lm.model, Counter())
-            # DSPy's cache goes by all options of a call.
-            while lanes[number] >= LANE and not is_cached(lm):
+            while lanes[number] >= LANE:
                 number += 1
             lanes[number] += 1
         try:
             timeout_s = self._settings.timeout_s
-            yield None if timeout_s is None else timeout_s + number * LANE_STEP_S
+            if timeout_s is not None:
+                timeout_s = min(timeout_s, own_s) if isinstance(own_s, float) else timeout_s
+                timeout_s += number * LANE_STEP_S
+            yield timeout_s
         finally:
             with _lanes_lock:
                 lanes[number] -= 1
 
 
-def _failure(error: Exception, took_s: float, timeout_s: float | None) -> CallFailure:
-    ended = Ended(lm_failure(error))
-    # To DSPy's own client a reply that does not come is a broken connection.
-    if ended is Ended.DOWN and timeout_s is not None and took_s >= timeout_s:
-        ended = Ended.TIMED_OUT
-    return CallFailure(ended, retry_after_s(error))
+_WITHOUT_RETRIES = {
+    LmFailure.DOWN: LmFailure.OTHER,
+    LmFailure.TIMED_OUT: LmFailure.ABANDONED,
+}
+"""What the limiter is told of calls that are made once."""
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Unknown where a part is, or where nothing is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

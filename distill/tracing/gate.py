@@ -1,35 +1,47 @@
 """A process's way to the limiter: permits for its calls, asked for in batches.
 
 Calls ask here, from threads and event loops alike; one thread speaks with the limiter for all
-of them, so that hundreds of calls a second are a few dozen messages. What the limiter says is
-``limiter``; that it may be an actor on another machine is ``governor``.
+of them, so that hundreds of calls a second are a few dozen messages. Where there is nothing to
+keep to the limiter says so, and calls pass at once and are told of afterwards. What the limiter
+says is ``limiter``; that it may be an actor on another machine is ``governor``.
 """
 
 import asyncio
+import itertools
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from distill.tracing.limiter import LEASE_S
-from distill.tracing.permits import Ask, Outcome, Permit, Stop
+from distill.tracing.permits import Ask, Outcome, Permit, Refusal, Stop
+from serve.errors import CallPrevented
 
 SOON_S = 0.003
 """So long somebody waits for others to ask with him."""
 FLUSH_S = 0.1
+"""So long what nobody waits for is held back, to be told with more."""
 HEARTBEAT_S = 2.0
-MAX_POLL_S = 0.25
-MAX_SPARE = 64
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a process says: the calls that are over, permits it did not use, and its asks."""
+    """What a process says.
+
+    Attributes:
+        holder: The process.
+        begun: Calls that did not have to ask, by a negative number of the process's own.
+        sent: Calls whose requests have left.
+        outcomes: How calls ended.
+        returned: Permits of which nothing was made.
+        asks: What it would do.
+    """
 
     holder: str
+    begun: Sequence[tuple[int, Ask]] = ()
+    sent: Sequence[int] = ()
     outcomes: Sequence[tuple[int, Outcome]] = ()
     returned: Sequence[int] = ()
     asks: Sequence[Ask] = ()
@@ -37,19 +49,21 @@ class Report:
 
 @dataclass(frozen=True)
 class Reply:
-    """What it hears: a permit or None for each ask, and when to ask again."""
+    """What it hears.
+
+    Attributes:
+        permits: A permit or None for each ask.
+        wait_s: When to ask again for what there was none.
+        pace_s: When to tell what is not urgent.
+        refusal: Why there will be no permit any more.
+        free: Models whose calls need not ask until the next reply, and the outages of each.
+    """
 
     permits: Sequence[Permit | None]
-    wait_s: float
-    stopped: Stop | None = None
-
-
-class Stopped(Exception):
-    """No call is let through any more."""
-
-    def __init__(self, stop: Stop) -> None:
-        super().__init__(stop)
-        self.stop = stop
+    wait_s: float = 0.0
+    pace_s: float = FLUSH_S
+    refusal: Refusal | None = None
+    free: Mapping[str, int] = field(default_factory=dict)
 
 
 class Gate:
@@ -63,161 +77,144 @@ class Gate:
         self._exchange = exchange
         self._holder = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._wake, self._urgent = threading.Event(), threading.Event()
+        self._news, self._urgent = threading.Event(), threading.Event()
         self._waiting: deque[tuple[Ask, Future[Permit]]] = deque()
-        self._spare: dict[Ask, deque[tuple[Permit, float]]] = {}
-        self._started: dict[Ask, int] = {}
+        self._free: Mapping[str, int] = {}
+        self._numbers = itertools.count(-1, -1)
+        self._begun: list[tuple[int, Ask]] = []
+        self._sent: list[int] = []
         self._outcomes: list[tuple[int, Outcome]] = []
         self._returned: list[int] = []
         self._in_flight = 0
-        self._short = False
-        self._error: BaseException | None = None
+        self._refusal: Refusal | None = None
         self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
 
     def enter(self, ask: Ask) -> Permit:
         """Wait for leave to make a call.
 
         Raises:
-            Stopped: There will be none.
+            CallPrevented: There will be none.
         """
-        return self._request(ask).result()
+        found = self._request(ask)
+        return found if isinstance(found, Permit) else found.result()
 
     async def aenter(self, ask: Ask) -> Permit:
         """The same on an event loop."""
-        future = self._request(ask)
+        found = self._request(ask)
+        if isinstance(found, Permit):
+            return found
         try:
-            return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(found)
         except asyncio.CancelledError:
-            if not future.cancel() and future.exception() is None:
-                self.give_back(future.result())
+            if not found.cancel() and found.exception() is None:
+                self._give_back(found.result())
             raise
 
-    def give_back(self, permit: Permit) -> None:
-        """Say that there will be no call for a permit."""
-        with self._lock:
-            self._returned.append(permit.id)
-            self._in_flight -= 1
-        self._wake.set()
+    def sent(self, permit: Permit) -> None:
+        """Say that a call's request has left by now."""
+        if permit.id > 0:
+            with self._lock:
+                self._sent.append(permit.id)
+            self._news.set()
 
     def leave(self, permit: Permit, outcome: Outcome) -> None:
         """Say how the call ended that a permit was for."""
         with self._lock:
             self._outcomes.append((permit.id, outcome))
             self._in_flight -= 1
-            waiting = bool(self._waiting)
-        self._wake.set()
-        if waiting:
-            self._urgent.set()
+            is_urgent = bool(self._waiting) or outcome.failure is not None
+        self._tell(is_urgent)
 
-    def _request(self, ask: Ask) -> "Future[Permit]":
+    def _give_back(self, permit: Permit) -> None:
+        with self._lock:
+            self._returned.append(permit.id)
+            self._in_flight -= 1
+        self._tell(is_urgent=True)
+
+    def _request(self, ask: Ask) -> "Permit | Future[Permit]":
         future: Future[Permit] = Future()
         with self._lock:
-            if self._error is not None:
-                raise self._error
+            if self._refusal is not None:
+                raise _prevented(self._refusal)
             if self._thread.ident is None:
                 self._thread.start()
-            self._started[ask] = self._started.get(ask, 0) + 1
-            permit = self._take(ask)
-            if permit is not None:
-                future.set_result(permit)
-                return future
-            self._waiting.append((ask, future))
-        self._wake.set()
-        self._urgent.set()
-        return future
-
-    def _take(self, ask: Ask) -> Permit | None:
-        spare = self._spare.get(ask)
-        while spare:
-            permit, expires = spare.popleft()
-            if time.monotonic() < expires:
+            is_free = ask.model in self._free
+            if is_free:
+                permit = Permit(next(self._numbers), self._free[ask.model])
+                self._begun.append((permit.id, ask))
                 self._in_flight += 1
-                return permit
-            self._returned.append(permit.id)
-        return None
+            else:
+                self._waiting.append((ask, future))
+        self._tell(is_urgent=not is_free)
+        return permit if is_free else future
+
+    def _tell(self, is_urgent: bool) -> None:
+        self._news.set()
+        if is_urgent:
+            self._urgent.set()
 
     def _run(self) -> None:
+        reply = Reply(())
         while True:
-            self._wake.wait(HEARTBEAT_S if self._holds() else None)
-            # What has ended can be told with what comes next, unless somebody waits.
-            self._urgent.wait(FLUSH_S)
+            if self._waiting:
+                self._urgent.wait(reply.wait_s)
+            else:
+                self._news.wait(HEARTBEAT_S if self._in_flight else None)
+                self._urgent.wait(reply.pace_s)
             time.sleep(SOON_S)
-            self._wake.clear()
+            self._news.clear()
             self._urgent.clear()
             try:
-                poll_s = self._speak()
+                reply = self._speak()
             except Exception as error:
                 # Whatever it is, the calls that wait must hear of it.
-                self._fail(error)
+                why = f"Nobody lets the run's calls through: {type(error).__name__}: {error}"
+                self._refuse(Refusal(Stop.LOST, why))
                 return
-            if poll_s is not None:
-                self._urgent.wait(poll_s)
-                self._wake.set()
-                self._urgent.set()
+            if reply.refusal is not None:
+                self._refuse(reply.refusal)
 
-    def _holds(self) -> bool:
-        return self._in_flight > 0 or any(self._spare.values())
-
-    def _speak(self) -> float | None:
-        """Exchange once; seconds until it makes sense to ask again, if somebody waits."""
-        asked_at = time.monotonic()
+    def _speak(self) -> Reply:
         with self._lock:
-            self._expire(asked_at)
-            waiting = list(self._waiting)
-            asks = [ask for ask, _ in waiting]
-            for ask, started in self._started.items():
-                asks += [ask] * self._more(ask, started)
-            self._started.clear()
-            report = Report(self._holder, self._outcomes, self._returned, asks)
-            self._outcomes, self._returned = [], []
+            waiting = [each for each in self._waiting if not each[1].cancelled()]
+            self._waiting = deque(waiting)
+            report = Report(
+                self._holder,
+                begun=self._begun,
+                sent=self._sent,
+                outcomes=self._outcomes,
+                returned=self._returned,
+                asks=[ask for ask, _ in waiting],
+            )
+            self._begun, self._sent, self._outcomes, self._returned = [], [], [], []
         reply = self._exchange(report)
         with self._lock:
-            self._hand_out(asks, reply, asked_at + LEASE_S)
-            if reply.stopped is not None:
-                self._error = Stopped(reply.stopped)
-            self._short = bool(self._waiting)
-        if self._error is not None:
-            self._fail(self._error)
-        return min(reply.wait_s, MAX_POLL_S) if self._short else None
+            self._free = reply.free
+            for (_, future), permit in zip(waiting, reply.permits, strict=True):
+                if permit is not None:
+                    self._hand_out(future, permit)
+            self._waiting = deque(each for each in self._waiting if not each[1].done())
+        return reply
 
-    def _more(self, ask: Ask, started: int) -> int:
-        """Permits to ask for ahead: as many as were just used."""
-        if self._short:
-            return 0
-        return max(min(2 * started + 2, MAX_SPARE) - len(self._spare.get(ask, ())), 0)
+    def _hand_out(self, future: "Future[Permit]", permit: Permit) -> None:
+        if future.set_running_or_notify_cancel():
+            self._in_flight += 1
+            future.set_result(permit)
+        else:
+            self._returned.append(permit.id)
+            self._news.set()
 
-    def _expire(self, now: float) -> None:
-        for spare in self._spare.values():
-            while spare and spare[0][1] <= now:
-                self._returned.append(spare.popleft()[0].id)
-
-    def _hand_out(self, asks: Sequence[Ask], reply: Reply, expires: float) -> None:
-        for ask, permit in zip(asks, reply.permits, strict=True):
-            if permit is not None:
-                self._spare.setdefault(ask, deque()).append((permit, expires))
-        still: deque[tuple[Ask, Future[Permit]]] = deque()
-        while self._waiting:
-            ask, future = self._waiting.popleft()
-            if future.cancelled():
-                continue
-            permit = self._take(ask)
-            if permit is None:
-                still.append((ask, future))
-            elif future.set_running_or_notify_cancel():
-                future.set_result(permit)
-            else:
-                self._in_flight -= 1
-                self._returned.append(permit.id)
-        self._waiting = still
-
-    def _fail(self, error: BaseException) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         with self._lock:
-            self._error = error
-            self._short = False
+            self._refusal = refusal
             waiting, self._waiting = self._waiting, deque()
         for _, future in waiting:
             if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+                future.set_exception(_prevented(refusal))
+
+
+def _prevented(refusal: Refusal) -> CallPrevented:
+    return CallPrevented(refusal.why, refusal.stop)
 
 
 class OpenGate:
@@ -225,11 +222,14 @@ class OpenGate:
 
     def enter(self, ask: Ask) -> Permit:
         """Leave at once."""
-        return Permit(0, 0)
+        return Permit(0)
 
     async def aenter(self, ask: Ask) -> Permit:
         """The same."""
-        return Permit(0, 0)
+        return Permit(0)
+
+    def sent(self, permit: Permit) -> None:
+        """Nobody wants to know."""
 
     def leave(self, permit: Permit, outcome: Outcome) -> None:
-        """Nobody wants to know."""
+        """Nor this."""

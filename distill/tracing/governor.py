@@ -5,8 +5,10 @@ A thin shell: what may be called when is ``limiter``; asking in batches is ``gat
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import ray
@@ -14,13 +16,19 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distill import cluster
-from distill.tracing.gate import Gate, Reply, Report
+from distill.tracing.gate import FLUSH_S, Gate, Reply, Report
 from distill.tracing.limiter import Limiter
-from distill.tracing.permits import Bounds, Permit, Stop, Wait
-from serve.errors import CallPrevented
+from distill.tracing.permits import Bounds, Outcome, Permit, Wait
+
+logger = logging.getLogger(__name__)
 
 SILENT_S = 15.0
-"""A process that says nothing for so long is dead; one that holds permits speaks up."""
+"""A process that says nothing for so long is dead; one that has calls in flight speaks up."""
+MESSAGES_PER_S = 200
+"""What all processes together send that could wait; this one could bear several times that."""
+LONGEST_WAIT_S = 1.0
+"""Room may come sooner than it is told: calls end, and permits come back."""
+LONG_PAUSE_S = 60.0
 
 
 class Governor:
@@ -34,8 +42,9 @@ class Governor:
     def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = Limiter(bounds)
         self._clock = clock
-        self._held: dict[str, set[int]] = {}
         self._seen: dict[str, float] = {}
+        self._calls: dict[str, dict[int, int]] = {}
+        self._waiting: set[str] = set()
 
     def begin(self, bounds: Bounds) -> None:
         """Start a job of the run."""
@@ -43,34 +52,63 @@ class Governor:
 
     def exchange(self, report: Report) -> Reply:
         """Take note of what a process says, and answer its asks."""
-        now = self._clock()
-        held = self._held.setdefault(report.holder, set())
-        self._seen[report.holder] = now
-        for permit_id, outcome in report.outcomes:
-            held.discard(permit_id)
-            self._limiter.finish(now, permit_id, outcome)
-        for permit_id in report.returned:
-            held.discard(permit_id)
-            self._limiter.give_back(now, permit_id)
+        now, holder = self._clock(), report.holder
+        # In the order in which they were last seen.
+        self._seen.pop(holder, None)
+        self._seen[holder] = now
+        self._take_note(now, report)
         self._forget_dead(now)
         permits: list[Permit | None] = []
-        waits, stopped = [], None
+        waits = []
         for ask in report.asks:
             answer = self._limiter.ask(now, ask)
             permits.append(answer if isinstance(answer, Permit) else None)
             if isinstance(answer, Permit):
-                held.add(answer.id)
+                self._calls[holder][answer.id] = answer.id
             elif isinstance(answer, Wait):
                 waits.append(answer.seconds)
-            elif isinstance(answer, Stop):
-                stopped = answer
-        return Reply(permits, min(waits, default=0.0), stopped)
+        self._waiting.discard(holder)
+        if waits:
+            self._waiting.add(holder)
+        return Reply(
+            permits,
+            wait_s=max(min([LONGEST_WAIT_S, *waits]), len(self._waiting) / MESSAGES_PER_S),
+            pace_s=max(FLUSH_S, len(self._seen) / MESSAGES_PER_S),
+            refusal=self._limiter.refusal,
+            free=self._limiter.free(now),
+        )
+
+    def _take_note(self, now: float, report: Report) -> None:
+        """Translate the process's names of its calls to the limiter's."""
+        calls = self._calls.setdefault(report.holder, {})
+        for number, ask in report.begun:
+            calls[number] = self._limiter.admit(ask)
+        for number in report.sent:
+            if number in calls:
+                self._limiter.sent(now, calls[number])
+        for number in report.returned:
+            if number in calls:
+                self._limiter.give_back(calls.pop(number))
+        for number, outcome in report.outcomes:
+            self._finish(now, calls.pop(number, None), outcome)
+
+    def _finish(self, now: float, call: int | None, outcome: Outcome) -> None:
+        paused_s = self._limiter.finish(now, call, outcome)
+        if paused_s > LONG_PAUSE_S:
+            until = datetime.now() + timedelta(seconds=outcome.retry_after_s or 0.0)
+            logger.warning(
+                "The teacher wants to be left alone until %s (Retry-After); tracing goes on then.",
+                f"{until:%Y-%m-%d %H:%M:%S}",
+            )
 
     def _forget_dead(self, now: float) -> None:
-        for holder in [name for name, seen in self._seen.items() if now - seen > SILENT_S]:
-            for permit_id in self._held.pop(holder):
-                self._limiter.give_back(now, permit_id)
+        for holder, seen in list(self._seen.items()):
+            if now - seen <= SILENT_S:
+                return
+            for call in self._calls.pop(holder).values():
+                self._limiter.lose(now, call)
             del self._seen[holder]
+            self._waiting.discard(holder)
 
 
 _lasting: dict[tuple[str, str, str], Any] = {}
@@ -98,9 +136,10 @@ def governing(run: str, bounds: Bounds) -> Iterator[Any]:
     driver = ray.get_runtime_context()
     # One driver may connect to several clusters, one after the other.
     name = (run, driver.get_node_id(), driver.get_job_id())
-    if name in _lasting:
+    try:
         ray.get(_lasting[name].begin.remote(bounds))
-    else:
+    except (KeyError, RayError):
+        # There is none yet, or none any more.
         _lasting[name] = _start(bounds)
     yield _lasting[name]
 
@@ -135,9 +174,6 @@ def gate_when_asked(run: str, bounds: Callable[[], Bounds]) -> Iterator[Gate]:
 
 
 def _exchange(governor: Any, report: Report) -> Reply:
-    try:
-        # Not ray.get, which in an async actor warns of blocking the loop; this is a thread.
-        reply: Reply = governor.exchange.remote(report).future().result()
-    except RayError as error:
-        raise CallPrevented(f"The run's governor is gone: {error}. Run again.") from error
+    # Not ray.get, which in an async actor warns of blocking the loop; this is a thread.
+    reply: Reply = governor.exchange.remote(report).future().result()
     return reply

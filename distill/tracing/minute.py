@@ -12,7 +12,7 @@ POLL_S = 0.05
 class Charge:
     """A part of the sum; free again a minute after it arrived."""
 
-    amount: float
+    amount: int
     freed: bool = False
 
 
@@ -20,18 +20,19 @@ class Minute:
     """The charges of a sliding minute.
 
     What was charged and has not arrived yet counts until it does: it may arrive at any time.
+    All amounts are whole, since sums and differences of others drift.
 
     Args:
         limit: Of their sum; None is no limit.
     """
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self.used = 0.0
+        self.used = 0
         self._freeing: list[tuple[float, int, Charge]] = []
         self._order = itertools.count()
 
-    def wait(self, now: float, amount: float) -> float | None:
+    def wait(self, now: float, amount: int) -> float | None:
         """Seconds until there may be room; None where there is room now.
 
         More than the limit has room when nothing else is there.
@@ -42,7 +43,7 @@ class Minute:
             return POLL_S
         return max(self._freeing[0][0] - now, POLL_S)
 
-    def charge(self, amount: float) -> Charge:
+    def charge(self, amount: int) -> Charge:
         """Add to the sum; it is free again only after ``arrived`` or ``cancel``."""
         self.used += amount
         return Charge(amount)
@@ -55,7 +56,7 @@ class Minute:
         """Take back a charge that will not arrive."""
         self.used -= charge.amount
 
-    def correct(self, charge: Charge, amount: float, now: float) -> None:
+    def correct(self, charge: Charge, amount: int, now: float) -> None:
         """Say what an arrived charge has really been."""
         if not charge.freed:
             self.used += amount - charge.amount

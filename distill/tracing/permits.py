@@ -1,31 +1,27 @@
 """The words in which teacher calls are asked for, permitted and accounted. Plain values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-
-class Ended(StrEnum):
-    """How a call ended."""
-
-    ANSWERED = "answered"
-    REFUSED = "refused"
-    """Too many requests."""
-    TIMED_OUT = "timed_out"
-    DOWN = "down"
-    """No connection, or the teacher's own error."""
-    HOPELESS = "hopeless"
-    """The key, the bill or the model is wrong: no call will do better."""
-    OTHER = "other"
-    """The teacher replied that it will not answer this one."""
+from serve.dspy_lm import LmFailure
 
 
 class Stop(StrEnum):
-    """Why no call is let through any more."""
+    """Why tracing ends before its last example."""
 
     BUDGET = "budget"
     UNPRICED = "unpriced"
+    """There is a budget, and the price of a call is not known."""
+    UNCOUNTED = "uncounted"
+    """There is a limit of tokens, and a reply does not say how many it took."""
     OUTAGE = "outage"
     HOPELESS = "hopeless"
+    """The key, the bill or the model is wrong: no call will do better."""
+    LOST = "lost"
+    """Nobody is there who could let calls through."""
+    FAILURES = "failures"
+    """Too many examples failed."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,17 @@ class Ask:
 
 @dataclass(frozen=True)
 class Permit:
-    """Leave to make one call. ``outages`` counts those that have begun so far."""
+    """Leave to make one call.
+
+    Attributes:
+        id: Names the call.
+        outages: How many of the model have begun so far.
+        probe: Whether the call is to tell if an outage is over.
+    """
 
     id: int
-    outages: int
+    outages: int = 0
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,37 @@ class Wait:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a call ended and what it took; None is not known."""
+class Refusal:
+    """No call is let through any more, and why in words."""
 
-    ended: Ended
+    stop: Stop
+    why: str
+
+
+REFUSALS: Mapping[Stop, Refusal] = {
+    stop: Refusal(stop, why)
+    for stop, why in {
+        Stop.BUDGET: "trace.budget_usd does not cover another call.",
+        Stop.UNPRICED: "trace.budget_usd cannot be kept: a call has no known price.",
+        Stop.UNCOUNTED: "trace.tokens_per_minute cannot be kept: a reply does not tell its tokens.",
+        Stop.OUTAGE: "The teacher has not replied for a quarter of an hour.",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended and what it took.
+
+    Attributes:
+        failure: None is an answer.
+        tokens, cost_usd: None is not known.
+        retry_after_s: After which time the teacher wants to be asked again.
+        said: The failure in the teacher's words.
+    """
+
+    failure: LmFailure | None = None
     tokens: int | None = None
     cost_usd: float | None = None
     retry_after_s: float | None = None
+    said: str = ""

@@ -1,28 +1,19 @@
 """What a call took: tokens as the provider counted them, money by a price table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from distill.config import PriceConfig
 from distill.tracing.trace import Usage
 from serve.dspy_lm import call_usage
 
 PER = 1e6
 
-
-@dataclass(frozen=True)
-class Price:
-    """USD per million tokens."""
-
-    input: float
-    output: float
-
-
-Prices = Mapping[str, Price]
+Prices = Mapping[str, PriceConfig]
 """By model, as ``dspy.LM`` is given it, or without the provider before the slash."""
 
 
-def price_of(model: str, prices: Prices | None) -> Price | None:
+def price_of(model: str, prices: Prices | None) -> PriceConfig | None:
     """The price that a table names for a model."""
     if not prices:
         return None
@@ -30,7 +21,7 @@ def price_of(model: str, prices: Prices | None) -> Price | None:
 
 
 def cost_usd(
-    price: Price, prompt_tokens: int | None, completion_tokens: int | None
+    price: PriceConfig, prompt_tokens: int | None, completion_tokens: int | None
 ) -> float | None:
     """The cost of so many tokens; None where they are not known."""
     if prompt_tokens is None or completion_tokens is None:

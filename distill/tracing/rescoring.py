@@ -16,12 +16,13 @@ import dspy
 from distill.programs import Task
 from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.gate import Gate
+from distill.tracing.permits import Stop
 from distill.tracing.spending import Spending
 from distill.tracing.store import SegmentWriter, TraceStore
 from distill.tracing.trace import METRIC, Trace, Usage, total_usage
 from distill.tracing.tracer import is_scored, with_current_score
 from serve.dspy_lm import governed
-from serve.errors import BudgetExceeded, BudgetSpent, CallPrevented, TracingError
+from serve.errors import BudgetExceeded, CallPrevented, TracingError
 
 SCORING = "raydistill_scoring"
 """Key in DSPy's settings, which follow a metric into its threads."""
@@ -29,10 +30,10 @@ SCORING = "raydistill_scoring"
 
 @dataclass
 class _Scoring:
-    """What the metric's LM took for one trace, and the calls that were not made."""
+    """What the metric's LM took for one trace, and the calls that failed or were not made."""
 
     usages: list[Usage] = field(default_factory=list)
-    prevented: list[CallPrevented] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
 
 
 class Rescorer:
@@ -90,14 +91,16 @@ class Rescorer:
         scoring = _Scoring()
         with dspy.context(**{SCORING: scoring}):
             found = with_current_score(trace, example, self._task, self._judge)
-        # Not a bad score: what the metric would have said is not known.
-        known = trace if scoring.prevented else found
+        # Where its LM failed it is not known what the metric would say: it is asked again.
+        prevented = [each for each in scoring.errors if isinstance(each, CallPrevented)]
+        failed = prevented or (scoring.errors and found.score and found.score.error)
         if scoring.usages:
+            known = trace if failed else found
             self._keep(replace(known, usages={METRIC: total_usage(scoring.usages)}))
-        for error in scoring.prevented:
-            kind = BudgetExceeded if isinstance(error, BudgetSpent) else TracingError
+        for error in prevented:
+            kind = BudgetExceeded if error.stop == Stop.BUDGET else TracingError
             raise kind(f"The metric asks an LM: {error}") from error
-        return known
+        return found
 
     def _keep(self, trace: Trace) -> None:
         self._unwritten.append(trace)
@@ -120,5 +123,5 @@ def _record(usage: Usage) -> None:
 
 def _record_error(error: Exception) -> None:
     scoring = dspy.settings.get(SCORING)
-    if scoring is not None and isinstance(error, CallPrevented):
-        scoring.prevented.append(error)
+    if scoring is not None:
+        scoring.errors.append(error)

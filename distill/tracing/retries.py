@@ -5,28 +5,45 @@ Which failure it was is read off the error by ``serve.dspy_lm``. Waiting and cal
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from distill.tracing.permits import Ended
+from serve.dspy_lm import LmFailure
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 REFUSALS_PER_RETRY = 4
 """A refused call has cost nothing, and the limiter learns from it: it may be tried more often."""
+_TRIED_AGAIN = (LmFailure.REFUSED, LmFailure.DOWN, LmFailure.TIMED_OUT)
 
 
 @dataclass(frozen=True)
 class CallFailure:
-    """A call that failed, and after which time the teacher would be asked again."""
+    """A call that failed.
 
-    ended: Ended
+    Attributes:
+        failure: How.
+        retry_after_s: After which time the teacher would be asked again.
+        probe: Whether the call was one that tells if an outage is over.
+    """
+
+    failure: LmFailure
     retry_after_s: float | None = None
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Tries:
+    """The failed attempts of a call that count, and those that were refused."""
+
+    failed: int = 0
+    refused: int = 0
 
 
 @dataclass(frozen=True)
 class Retry:
-    """Ask again, after so many seconds."""
+    """Ask again, after so many seconds; so many attempts count then."""
 
     after_s: float
+    tries: Tries
 
 
 @dataclass(frozen=True)
@@ -40,21 +57,32 @@ class StopAll:
 
 
 def decide(
-    failure: CallFailure, attempt: int, max_retries: int, jitter: Callable[[], float]
+    failed: CallFailure, tries: Tries, max_retries: int, jitter: Callable[[], float]
 ) -> Retry | GiveUp | StopAll:
     """What to do about a failed attempt.
 
     Args:
-        failure: How it failed.
-        attempt: Which one it was; 0 is the first.
+        failed: How it failed.
+        tries: The attempts before it.
         max_retries: Attempts after the first.
         jitter: Draws from [0, 1).
     """
-    if failure.ended is Ended.HOPELESS:
+    if failed.failure is LmFailure.HOPELESS:
         return StopAll()
-    if failure.ended is Ended.REFUSED:
-        max_retries *= REFUSALS_PER_RETRY
-    if failure.ended in (Ended.ANSWERED, Ended.OTHER) or attempt >= max_retries:
+    if failed.failure not in _TRIED_AGAIN:
         return GiveUp()
-    wait_s = min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S) * (0.5 + jitter() / 2)
-    return Retry(max(wait_s, failure.retry_after_s or 0.0))
+    if failed.failure is LmFailure.REFUSED:
+        number, most = tries.refused, REFUSALS_PER_RETRY * max_retries
+        after = replace(tries, refused=number + 1)
+    else:
+        number, most = tries.failed, max_retries
+        after = replace(tries, failed=number + 1)
+    if failed.probe and failed.failure is LmFailure.DOWN:
+        # The outage's failure. A timeout may be the call's own: it takes too long.
+        after = tries
+    elif number >= most:
+        return GiveUp()
+    wait_s = min(FIRST_WAIT_S * 2**number, LONGEST_WAIT_S) * (0.5 + jitter() / 2)
+    # The limiter makes the call wait for the rest of what the teacher wants, if that is long.
+    wait_s = max(wait_s, min(failed.retry_after_s or 0.0, LONGEST_WAIT_S))
+    return Retry(wait_s, after)

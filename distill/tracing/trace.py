@@ -20,6 +20,8 @@ class FailureKind(StrEnum):
     """The LM did not answer: network, rate limit, authentication."""
     PROGRAM = "program"
     """The user's program raised."""
+    PREVENTED = "prevented"
+    """No call of the run was made any more; the type says why."""
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,13 @@ class Tracer:
 
         def score() -> Score:
             # The metric may ask an LM of its own, but must not add steps to the trace.
-            run.scoring = True
+            run.scoring, errors_before = True, len(run.lm_errors)
             with judging(self._task, self._judge), dspy.context(**{RUN: run}):
-                return score_prediction(metric, self._metric or "", example, run.returned)
+                found = score_prediction(metric, self._metric or "", example, run.returned)
+            if found.error and run.lm_errors[errors_before:]:
+                # Not a bad answer: what the metric would say of it is not known.
+                run.error = run.lm_errors[-1]
+            return found
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, score)
 
@@ -259,10 +263,12 @@ def _by_name(usages: Sequence[tuple[str, Usage]]) -> dict[str, Usage]:
 
 
 def _failure(error: Exception, is_lms: bool) -> Failure:
+    if isinstance(error, CallPrevented):
+        return Failure(FailureKind.PREVENTED, error.stop, _describe(error))
     unanswered = is_lms and lm_failure(error) is not LmFailure.OTHER
     if isinstance(error, AdapterParseError):
         kind = FailureKind.PARSE
-    elif unanswered or is_lm_error(error) or isinstance(error, CallPrevented):
+    elif unanswered or is_lm_error(error):
         kind = FailureKind.TEACHER
     else:
         kind = FailureKind.PROGRAM

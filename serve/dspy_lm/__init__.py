@@ -16,7 +16,15 @@ from typing import Any
 import dspy
 
 from serve.dspy_lm.failures import HOPELESS, LmFailure, lm_failure, retry_after_s
-from serve.dspy_lm.governed import AsyncAttempt, Attempt, Conductor, Entry, governed, is_cached
+from serve.dspy_lm.governed import (
+    AsyncAttempt,
+    Attempt,
+    Conductor,
+    Entry,
+    governed,
+    is_cached,
+    own_timeout_s,
+)
 from serve.engines.base import Complete
 from serve.errors import ConfigurationError
 from serve.models import full_name
@@ -43,6 +51,7 @@ __all__ = [
     "lm_failure",
     "lm_identity",
     "model_name",
+    "own_timeout_s",
     "register",
     "retry_after_s",
     "student_adapter",

@@ -55,11 +55,16 @@ class LmFailure(StrEnum):
     """No connection, or the server's own error."""
     HOPELESS = "hopeless"
     """The key, the bill or the model."""
+    ABANDONED = "abandoned"
+    """Nobody waits for it any more."""
     OTHER = "other"
+    """The server replied that it will not answer this one, or it was no server's failure."""
 
 
 def lm_failure(error: BaseException) -> LmFailure:
     """What an LM's error says."""
+    if not isinstance(error, Exception):
+        return LmFailure.ABANDONED
     names = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(error, "status", None) or getattr(error, "status_code", None)
     # OpenAI says that the account is empty with the status of too many requests.

@@ -1,14 +1,12 @@
 """LMs whose every call is conducted by somebody else, who counts, waits and tries again.
 
 Owns how that is done to any LM: a copy of a subclass made for it, with DSPy's own retries
-off. When to call, and what to do about a failure, is the conductor's to say.
+off. When to call, for how long to wait, and what to do about a failure, is the conductor's to
+say.
 """
 
-import asyncio
 import contextlib
 import contextvars
-import functools
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,7 +15,8 @@ import dspy
 Entry = dict[str, Any]
 """What DSPy records of a call: prompt, outputs, usage, cost."""
 Attempt = Callable[[float | None], tuple[Any, list[Entry]]]
-"""Makes the call once, in at most so many seconds; returns outputs and entries."""
+"""Makes the call once, and tells its client to wait so many seconds at most, where that is known
+how; returns outputs and entries."""
 AsyncAttempt = Callable[[float | None], Awaitable[tuple[Any, list[Entry]]]]
 
 _entries: contextvars.ContextVar[list[Entry] | None] = contextvars.ContextVar(
@@ -58,6 +57,12 @@ def is_cached(lm: dspy.BaseLM) -> bool:
     return isinstance(lm, dspy.LM) and bool(lm.cache)
 
 
+def own_timeout_s(lm: dspy.BaseLM) -> Any:
+    """The timeout that an LM was made with: seconds, None, or its client's own way to say it."""
+    given = lm.kwargs.get("timeout")
+    return float(given) if isinstance(given, int | float) else given
+
+
 class _Shared:
     """A conductor; copies of an LM, deep ones too, have the same."""
 
@@ -78,10 +83,7 @@ class _Governed:
             with _recording() as entries:
                 options = _timeout(self, args, kwargs, timeout_s)
                 once: Any = super(_Governed, self)
-                call = functools.partial(once.__call__, *args, **kwargs, **options)
-                if options or timeout_s is None:
-                    return call(), entries
-                return _in_time(call, timeout_s), entries
+                return once.__call__(*args, **kwargs, **options), entries
 
         return self.conductor.conductor.conduct(self, _requests(self, kwargs), attempt)
 
@@ -89,9 +91,8 @@ class _Governed:
         async def attempt(timeout_s: float | None) -> tuple[Any, list[Entry]]:
             with _recording() as entries:
                 options = _timeout(self, args, kwargs, timeout_s)
-                async with asyncio.timeout(timeout_s):
-                    once: Any = super(_Governed, self)
-                    return await once.acall(*args, **kwargs, **options), entries
+                once: Any = super(_Governed, self)
+                return await once.acall(*args, **kwargs, **options), entries
 
         return await self.conductor.conductor.aconduct(self, _requests(self, kwargs), attempt)
 
@@ -136,33 +137,7 @@ def _timeout(lm: Any, args: Any, kwargs: dict[str, Any], timeout_s: float | None
     explicit = "request" in kwargs or (args and not isinstance(args[0], str | None))
     if timeout_s is None or not takes or explicit or "timeout" in kwargs:
         return {}
-    given = lm.kwargs.get("timeout")
-    if given is None:
-        return {"timeout": timeout_s}
-    return {"timeout": min(given, timeout_s)} if isinstance(given, int | float) else {}
-
-
-def _in_time(call: Callable[[], Any], timeout_s: float) -> Any:
-    """The call's result, or TimeoutError; what it then still does is not waited for."""
-    results: list[Callable[[], Any]] = []
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        try:
-            value = context.run(call)
-        except BaseException as error:
-            # Whatever it is, it is raised where the call was made.
-            results.append(functools.partial(_raise, error))
-        else:
-            results.append(lambda: value)
-
-    thread = threading.Thread(target=run, name="lm-call", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not results:
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    return results[0]()
-
-
-def _raise(error: BaseException) -> Any:
-    raise error
+    # DSPy's cache goes by the options: what it holds is not to be paid again.
+    if kwargs.get("cache", lm.cache):
+        return {}
+    return {"timeout": timeout_s} if isinstance(own_timeout_s(lm), float | None) else {}

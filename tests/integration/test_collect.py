@@ -85,7 +85,7 @@ def test_a_changed_program_or_teacher_is_traced_anew(tmp_path):
 def test_a_failing_example_is_recorded_and_skipped(tmp_path):
     texts = [*TEXTS[:19], "boom"]
     with serve_in_background(MoodTeacher()) as server:
-        raising = job(server, tmp_path, texts, programs.Raising(), Limits(0.2))
+        raising = job(server, tmp_path, texts, programs.Raising(), Limits(max_failure_rate=0.2))
         collect(raising, ignore)
         failures = [t.failure for t in raising.store.scan() if t.failure]
     assert [failure.type for failure in failures] == ["ValueError"]
@@ -94,7 +94,7 @@ def test_a_failing_example_is_recorded_and_skipped(tmp_path):
 def test_too_many_failures_stop_the_run_with_the_reason(tmp_path):
     texts = [f"boom {number}" for number in range(200)]
     with serve_in_background(MoodTeacher()) as server:
-        raising = job(server, tmp_path, texts, programs.Raising(), Limits(0.2))
+        raising = job(server, tmp_path, texts, programs.Raising(), Limits(max_failure_rate=0.2))
         with pytest.raises(TracingError, match="cannot handle boom") as caught:
             collect(raising, ignore)
     assert "trace.max_failure_rate=0.2" in str(caught.value)

@@ -11,6 +11,7 @@ import dspy
 import pytest
 import ray
 
+from distill.config import PriceConfig
 from distill.datasets import example_id
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
@@ -18,7 +19,6 @@ from distill.tracing.collect import collect
 from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
-from distill.tracing.prices import Price
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import METRIC
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
@@ -29,7 +29,7 @@ from tests.runs import MoodTeacher, RunFolder
 pytestmark = pytest.mark.integration
 
 MODEL = "openai/stand-in"
-PRICES = {MODEL: Price(10.0, 20.0)}
+PRICES = {MODEL: PriceConfig(input=10.0, output=20.0)}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,31 +7,31 @@ import dspy
 import pytest
 from dspy.utils.dummies import DummyLM
 
+from distill.config import PriceConfig
 from distill.programs import Task
 from distill.tracing.conductor import LANE, CallSettings, Conductor
 from distill.tracing.gate import Gate, OpenGate
 from distill.tracing.governor import Governor
-from distill.tracing.permits import Bounds, Ended
-from distill.tracing.prices import Price
+from distill.tracing.permits import Bounds, Stop
 from distill.tracing.trace import FailureKind
 from distill.tracing.tracer import Tracer
 from examples.chat_prompts import read_prompt
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
-from serve.dspy_lm import governed
-from serve.errors import BudgetSpent, CallPrevented, TeacherUnusable
+from serve.dspy_lm import LmFailure, governed
+from serve.errors import CallPrevented
 from tests import programs
 
 pytestmark = pytest.mark.dspy
 
 MODEL = "openai/stand-in"
-PRICES = {MODEL: Price(10.0, 20.0)}
+PRICES = {MODEL: PriceConfig(input=10.0, output=20.0)}
 
 
 class Watching(OpenGate):
     """Keeps what it is told."""
 
     def __init__(self):
-        self.asks, self.outcomes = [], []
+        self.asks, self.outcomes, self.left = [], [], []
 
     def enter(self, ask):
         self.asks.append(ask)
@@ -39,6 +39,9 @@ class Watching(OpenGate):
 
     async def aenter(self, ask):
         return self.enter(ask)
+
+    def sent(self, permit):
+        self.left.append(permit)
 
     def leave(self, permit, outcome):
         self.outcomes.append(outcome)
@@ -81,14 +84,14 @@ def calling(monkeypatch):
 
 
 def ended(gate):
-    return [outcome.ended for outcome in gate.outcomes]
+    return [outcome.failure for outcome in gate.outcomes]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_may_pass_is_tried_again_and_each_attempt_is_asked_for(calling, asynchronous):
     outputs, gate, usages, errors = calling(Script(500, 429, 503), asynchronous)
     assert outputs == ["an answer of some length"]
-    assert ended(gate) == [Ended.DOWN, Ended.REFUSED, Ended.DOWN, Ended.ANSWERED]
+    assert ended(gate) == [LmFailure.DOWN, LmFailure.REFUSED, LmFailure.DOWN, None]
     assert gate.outcomes[1].retry_after_s == 0.01
     assert len(usages) == 1
     assert usages[0].cost_usd > 0
@@ -100,16 +103,18 @@ def test_what_may_pass_is_tried_again_and_each_attempt_is_asked_for(calling, asy
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_key_that_is_refused_is_asked_for_once(calling, asynchronous):
     outputs, gate, _, errors = calling(Script(401, 401), asynchronous)
-    assert isinstance(outputs, TeacherUnusable)
+    assert isinstance(outputs, CallPrevented)
+    assert outputs.stop == Stop.HOPELESS
     assert "not now" in str(outputs)
-    assert ended(gate) == [Ended.HOPELESS]
+    assert "not now" in gate.outcomes[0].said
+    assert ended(gate) == [LmFailure.HOPELESS]
     assert errors == [outputs]
 
 
 def test_a_request_that_is_wrong_is_not_repeated(calling):
     outputs, gate, _, _ = calling(Script(400, 400))
     assert isinstance(outputs, Exception)
-    assert ended(gate) == [Ended.OTHER]
+    assert ended(gate) == [LmFailure.OTHER]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,90 @@ class Hanging:
 def test_a_call_that_hangs_is_given_up_in_time_and_tried_again(calling, asynchronous):
     outputs, gate, _, _ = calling(Hanging(), asynchronous, CallSettings(0.5, prices=PRICES))
     assert outputs == ["an answer of some length"]
-    assert ended(gate) == [Ended.TIMED_OUT, Ended.ANSWERED]
+    assert ended(gate) == [LmFailure.TIMED_OUT, None]
+
+
+class Dripping:
+    """Begins to answer, and goes on with a byte at a time, so that no client's patience ends."""
+
+    async def __call__(self, scope, receive, send):
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for _ in range(60):
+            await send({"type": "http.response.body", "body": b" ", "more_body": True})
+            await asyncio.sleep(0.1)
+
+    app = property(lambda self: self)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_server_that_drips_is_given_up_in_time(calling, asynchronous):
+    settings = CallSettings(0.5, max_retries=0)
+    outputs, gate, _, _ = calling(Dripping(), asynchronous, settings)
+    assert isinstance(outputs, TimeoutError)
+    assert ended(gate) == [LmFailure.ABANDONED]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_dspys_cache_holds_is_not_paid_again(calling, asynchronous):
+    script = Script()
+    with serve_in_background(script.app) as server:
+        lm = dspy.LM(MODEL, api_base=server.api_base, api_key="none", temperature=0.123)
+        dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
+        asyncio.run(lm.acall("hi")) if asynchronous else lm("hi")
+        assert script.app.calls == 1
+        outputs, _, usages, _ = calling(script, asynchronous, cache=True, temperature=0.123)
+    assert outputs == ["an answer of some length"]
+    assert usages[0].cost_usd == 0.0
+    assert script.app.calls == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_request_has_left_once_its_call_has_run_for_a_while(calling, monkeypatch, asynchronous):
+    monkeypatch.setattr("distill.tracing.conductor.SENT_S", 0.1)
+    settings = CallSettings(0.5, max_retries=0)
+    assert len(calling(Dripping(), asynchronous, settings)[1].left) == 1
+    assert len(calling(Dripping(), asynchronous, settings, n=2)[1].left) == 0
+    assert len(calling(Script(), asynchronous)[1].left) == 0
+
+
+def test_an_event_loop_that_is_held_up_sends_nothing_meanwhile(monkeypatch):
+    monkeypatch.setattr("distill.tracing.conductor.SENT_S", 0.01)
+    gate, lm = Watching(), dspy.LM(MODEL, cache=False)
+    lm.max_retries = 0
+
+    async def attempt(timeout_s):
+        time.sleep(0.1)
+        assert not gate.left
+        await asyncio.sleep(0)
+        return None, []
+
+    asyncio.run(Conductor(gate, CallSettings(5.0), [].append, [].append).aconduct(lm, 1, attempt))
+    assert ended(gate) == [None]
+
+
+def test_a_call_that_is_cancelled_is_told(monkeypatch):
+    gate, lm = Watching(), dspy.LM(MODEL, cache=False)
+    lm.max_retries = 3
+
+    async def attempt(timeout_s):
+        await asyncio.sleep(60)
+
+    conductor = Conductor(gate, CallSettings(5.0), [].append, [].append)
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(conductor.aconduct(lm, 1, attempt), 0.05))
+    assert ended(gate) == [LmFailure.ABANDONED]
+
+
+def test_tokens_that_are_not_told_are_unknown_and_not_none_at_all():
+    gate, lm = Watching(), dspy.LM(MODEL, cache=False)
+    lm.max_retries = 0
+    conductor = Conductor(gate, CallSettings(5.0), [].append, [].append)
+    counted = {"model": MODEL, "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "cost": 0.5}
+    for entries in ([counted], [counted, counted], [counted, {"model": MODEL}], []):
+        conductor.conduct(lm, 1, lambda timeout_s, entries=entries: (None, entries))
+    taken = [(outcome.tokens, outcome.cost_usd) for outcome in gate.outcomes]
+    assert taken == [(7, 0.5), (14, 1.0), (None, None), (None, None)]
 
 
 def test_a_choice_is_a_request(calling):
@@ -150,9 +238,10 @@ def test_a_choice_is_a_request(calling):
     assert [ask.requests for ask in gate.asks] == [3]
 
 
-def test_more_calls_in_flight_than_one_client_can_hold_go_through_several():
+@pytest.mark.parametrize("own", [{}, {"timeout": 3}, {"timeout": 60}])
+def test_more_calls_in_flight_than_one_client_can_hold_go_through_several(own):
     conductor = Conductor(OpenGate(), CallSettings(5.0), [].append, [].append)
-    seen, lm = [], dspy.LM(MODEL, cache=False)
+    seen, lm = [], dspy.LM(MODEL, cache=False, **own)
 
     async def attempt(timeout_s):
         seen.append(timeout_s)
@@ -167,7 +256,7 @@ def test_more_calls_in_flight_than_one_client_can_hold_go_through_several():
     asyncio.run(calls())
     assert {seen.count(timeout_s) for timeout_s in set(seen)} == {LANE, LANE + 1}
     assert len(set(seen)) == 3
-    assert seen[-1] == 5.0
+    assert seen[-1] == min(own.get("timeout", 5.0), 5.0)
 
 
 def traced(program, lm, gate=None, settings=None, metric=None):
@@ -247,7 +336,7 @@ def test_a_program_that_hides_a_call_that_was_not_made_has_failed(monkeypatch):
             self.judge(text=text)
             try:
                 return self.judge(text=text)
-            except BudgetSpent:
+            except CallPrevented:
                 return dspy.Prediction(mood="good")
 
     monkeypatch.setenv("OPENAI_API_KEY", "not-a-key")
@@ -255,16 +344,34 @@ def test_a_program_that_hides_a_call_that_was_not_made_has_failed(monkeypatch):
     with serve_in_background(StandInTeacher(reply)) as server:
         lm = dspy.LM(MODEL, api_base=server.api_base, cache=False)
         trace = traced(Hiding(), lm, gate)
-    assert (trace.failure.kind, trace.failure.type) == (FailureKind.TEACHER, "BudgetSpent")
+    assert (trace.failure.kind, trace.failure.type) == (FailureKind.PREVENTED, "budget")
     assert trace.usage.calls == 1
 
 
 def test_a_call_that_nobody_could_be_asked_about_is_not_the_programs_failure():
     def gone(report):
-        raise CallPrevented("the governor is gone")
+        raise ConnectionError("the governor is gone")
 
     trace = traced(programs.build(), DummyLM([{"mood": "good"}]), Gate(gone))
-    assert (trace.failure.kind, trace.failure.type) == (FailureKind.TEACHER, "CallPrevented")
+    assert (trace.failure.kind, trace.failure.type) == (FailureKind.PREVENTED, "lost")
+
+
+def test_a_metric_whose_lm_does_not_answer_is_the_teachers_failure(monkeypatch):
+    def answer(messages):
+        if "no answer for this" in str(messages):
+            raise TeacherRefuses(500, "out of order")
+        return reply(messages)
+
+    def metric(example, prediction, trace=None):
+        return dspy.Predict("question -> verdict")(question="no answer for this").verdict == "good"
+
+    monkeypatch.setenv("OPENAI_API_KEY", "not-a-key")
+    with serve_in_background(StandInTeacher(answer)) as server:
+        lm = dspy.LM(MODEL, api_base=server.api_base, cache=False, num_retries=0)
+        trace = traced(programs.build(), lm, metric=metric)
+    assert trace.failure.kind is FailureKind.TEACHER
+    assert "out of order" in trace.failure.message
+    assert trace.usage.calls == 1
 
 
 def test_histories_turned_off_hide_no_cost(monkeypatch):

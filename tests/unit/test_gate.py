@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from distill.tracing.gate import Gate, Stopped
+from distill.tracing.gate import Gate
 from distill.tracing.governor import Governor
-from distill.tracing.permits import Ask, Bounds, Ended, Outcome, Stop
+from distill.tracing.permits import Ask, Bounds, Outcome, Permit, Stop
+from serve.dspy_lm import LmFailure
+from serve.errors import CallPrevented
 
 ASK = Ask("m")
-DONE = Outcome(Ended.ANSWERED, 1, 0.0)
+DONE = Outcome(None, 1, 0.0)
 
 
 class Counting(Governor):
@@ -77,11 +79,11 @@ def test_a_stop_reaches_those_who_wait_and_those_who_come():
     first = gate.enter(ASK)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(gate.enter, ASK)
-        gate.leave(first, Outcome(Ended.ANSWERED, 1, 2.0))
-        with pytest.raises(Stopped) as stopped:
+        gate.leave(first, Outcome(None, 1, 2.0))
+        with pytest.raises(CallPrevented) as stopped:
             waiting.result()
-    assert stopped.value.stop is Stop.BUDGET
-    with pytest.raises(Stopped):
+    assert stopped.value.stop == Stop.BUDGET
+    with pytest.raises(CallPrevented):
         gate.enter(ASK)
 
 
@@ -89,8 +91,11 @@ def test_a_limiter_that_is_gone_fails_the_calls():
     def gone(report):
         raise ConnectionError("the governor is gone")
 
-    with pytest.raises(ConnectionError):
-        Gate(gone).enter(ASK)
+    gate = Gate(gone)
+    for _ in range(2):
+        with pytest.raises(CallPrevented, match="the governor is gone") as stopped:
+            gate.enter(ASK)
+        assert stopped.value.stop == Stop.LOST
 
 
 def test_who_gives_up_waiting_leaves_no_permit_behind():
@@ -111,10 +116,70 @@ def test_who_gives_up_waiting_leaves_no_permit_behind():
     wait_until(lambda: governor.outcomes() == 2)
 
 
-def test_a_permit_that_is_not_used_goes_back():
-    governor = Counting()
+@pytest.mark.parametrize("bounds", [{}, {"requests_per_minute": 10_000}, {"budget_usd": 10.0}])
+def test_no_permit_is_asked_for_that_is_not_used(bounds):
+    governor = Counting(**bounds)
     gate = Gate(governor.exchange)
-    permits = [gate.enter(ASK) for _ in range(8)]
+
+    def call(_):
+        gate.leave(gate.enter(ASK), DONE)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(call, range(100)))
+    wait_until(lambda: governor.outcomes() == 100)
+    made = governor.granted + sum(len(report.begun) for report in governor.reports)
+    assert made == 100
+    assert governor.returned() == 0
+
+
+def test_where_nothing_is_to_be_kept_calls_do_not_wait_for_the_limiter():
+    governor, hold = Counting(), threading.Event()
+    hold.set()
+
+    def exchange(report):
+        reply = governor.exchange(report)
+        hold.wait()
+        return reply
+
+    gate = Gate(exchange)
+    gate.leave(gate.enter(ASK), DONE)
+    wait_until(lambda: governor.outcomes() == 1)
+    hold.clear()
+    permits = [gate.enter(ASK) for _ in range(50)]
+    assert all(permit.id < 0 for permit in permits)
     for permit in permits:
         gate.leave(permit, DONE)
-    wait_until(lambda: governor.outcomes() + governor.returned() == governor.granted > 8)
+    hold.set()
+    wait_until(lambda: governor.outcomes() == 51)
+
+
+def test_a_refusal_makes_the_next_calls_ask():
+    governor = Counting()
+    gate = Gate(governor.exchange)
+    gate.leave(gate.enter(ASK), DONE)
+    first = gate.enter(ASK)
+    gate.leave(first, Outcome(LmFailure.REFUSED))
+    wait_until(lambda: governor.outcomes() == 2)
+    wait_until(lambda: gate.enter(ASK).id > 0)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"requests_per_minute": 100}])
+def test_a_limiter_that_is_slow_to_answer_lets_calls_through_all_the_same(bounds):
+    governor = Counting(**bounds)
+
+    def slowly(report):
+        threading.Event().wait(0.7)
+        return governor.exchange(report)
+
+    gate = Gate(slowly)
+    with ThreadPoolExecutor(10) as threads:
+        permits = list(threads.map(lambda _: gate.enter(ASK), range(10)))
+    assert all(isinstance(permit, Permit) for permit in permits)
+
+
+def test_what_has_left_is_told():
+    governor = Counting(requests_per_minute=10)
+    gate = Gate(governor.exchange)
+    permit = gate.enter(ASK)
+    gate.sent(permit)
+    wait_until(lambda: [permit.id] in [list(report.sent) for report in governor.reports])

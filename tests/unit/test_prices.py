@@ -2,10 +2,14 @@
 
 import pytest
 
-from distill.tracing.prices import Price, cost_usd, entry_usage, price_of
+from distill.config import PriceConfig
+from distill.tracing.prices import cost_usd, entry_usage, price_of
 from distill.tracing.trace import Usage
 
-TABLE = {"openai/small": Price(1.0, 2.0), "large": Price(10.0, 20.0)}
+TABLE = {
+    "openai/small": PriceConfig(input=1.0, output=2.0),
+    "large": PriceConfig(input=10.0, output=20.0),
+}
 USAGE = {"prompt_tokens": 1_000_000, "completion_tokens": 500_000}
 
 
@@ -14,8 +18,8 @@ def entry(model="openai/small", usage=USAGE, cost=9.0):
 
 
 def test_a_price_is_found_with_and_without_the_provider():
-    assert price_of("openai/small", TABLE) == Price(1.0, 2.0)
-    assert price_of("azure/large", TABLE) == Price(10.0, 20.0)
+    assert price_of("openai/small", TABLE) == PriceConfig(input=1.0, output=2.0)
+    assert price_of("azure/large", TABLE) == PriceConfig(input=10.0, output=20.0)
     assert price_of("small", TABLE) is None
     assert price_of("openai/small", None) is None
 
@@ -27,7 +31,7 @@ def test_the_table_goes_before_dspys_own_price():
 
 
 def test_an_unknown_count_has_no_cost():
-    assert cost_usd(Price(1.0, 1.0), None, 3) is None
+    assert cost_usd(PriceConfig(input=1.0, output=1.0), None, 3) is None
     assert entry_usage(entry(usage={}), TABLE) == Usage(1, None, None, None)
 
 

@@ -1,51 +1,75 @@
 """What becomes of a failed call, and what an LM's error is taken to say."""
 
+import asyncio
+
 import pytest
 
-from distill.tracing.permits import Ended
-from distill.tracing.retries import CallFailure, GiveUp, Retry, StopAll, decide
+from distill.tracing.retries import CallFailure, GiveUp, Retry, StopAll, Tries, decide
 from serve.dspy_lm import LmFailure, lm_failure, retry_after_s
 
 
-def decided(ended, attempt=0, max_retries=3, after=None):
-    return decide(CallFailure(ended, after), attempt, max_retries, lambda: 0.5)
+def decided(failure, attempt=0, max_retries=3, after=None, refused=0, probe=False):
+    tries = Tries(attempt, refused)
+    return decide(CallFailure(failure, after, probe), tries, max_retries, lambda: 0.5)
 
 
 @pytest.mark.parametrize(
     ("ended", "attempt", "max_retries", "expected"),
     [
-        (Ended.DOWN, 0, 3, Retry),
-        (Ended.DOWN, 2, 3, Retry),
-        (Ended.DOWN, 3, 3, GiveUp),
-        (Ended.DOWN, 0, 0, GiveUp),
-        (Ended.TIMED_OUT, 0, 1, Retry),
-        (Ended.TIMED_OUT, 1, 1, GiveUp),
-        (Ended.REFUSED, 3, 3, Retry),
-        (Ended.REFUSED, 12, 3, GiveUp),
-        (Ended.REFUSED, 0, 0, GiveUp),
-        (Ended.OTHER, 0, 3, GiveUp),
-        (Ended.HOPELESS, 0, 3, StopAll),
-        (Ended.HOPELESS, 0, 0, StopAll),
+        (LmFailure.DOWN, 0, 3, Retry),
+        (LmFailure.DOWN, 2, 3, Retry),
+        (LmFailure.DOWN, 3, 3, GiveUp),
+        (LmFailure.DOWN, 0, 0, GiveUp),
+        (LmFailure.TIMED_OUT, 0, 1, Retry),
+        (LmFailure.TIMED_OUT, 1, 1, GiveUp),
+        (LmFailure.REFUSED, 3, 3, Retry),
+        (LmFailure.REFUSED, 0, 0, GiveUp),
+        (LmFailure.ABANDONED, 0, 3, GiveUp),
+        (LmFailure.OTHER, 0, 3, GiveUp),
+        (LmFailure.HOPELESS, 0, 3, StopAll),
+        (LmFailure.HOPELESS, 0, 0, StopAll),
     ],
 )
 def test_decision(ended, attempt, max_retries, expected):
     assert type(decided(ended, attempt, max_retries)) is expected
 
 
+def test_refusals_are_counted_apart_from_failures_and_are_more():
+    tries, refusals = Tries(), 0
+    while isinstance(
+        decision := decide(CallFailure(LmFailure.REFUSED), tries, 3, lambda: 0.5), Retry
+    ):
+        tries, refusals = decision.tries, refusals + 1
+    assert (tries.failed, refusals) == (0, 12)
+    assert isinstance(decide(CallFailure(LmFailure.DOWN), tries, 3, lambda: 0.5), Retry)
+
+
+def test_a_probe_that_finds_the_teacher_down_does_not_count():
+    assert decided(LmFailure.DOWN, 3, probe=True).tries == Tries(3)
+    assert decided(LmFailure.DOWN, 2).tries == Tries(3)
+    assert isinstance(decided(LmFailure.TIMED_OUT, 3, probe=True), GiveUp)
+
+
 def test_waits_double_up_to_a_minute_and_are_not_all_the_same():
-    assert [decided(Ended.DOWN, attempt, 99).after_s for attempt in (0, 1, 2, 20)] == [
+    assert [decided(LmFailure.DOWN, attempt, 99).after_s for attempt in (0, 1, 2, 20)] == [
         0.75,
         1.5,
         3.0,
         45.0,
     ]
-    first = [decide(CallFailure(Ended.DOWN), 0, 3, lambda j=j: j).after_s for j in (0.0, 0.9)]
+    first = [
+        decide(CallFailure(LmFailure.DOWN), Tries(), 3, lambda j=j: j).after_s for j in (0.0, 0.9)
+    ]
     assert first[0] < first[1]
 
 
 def test_a_retry_is_not_before_the_teacher_wants_it():
-    assert decided(Ended.REFUSED, after=20.0).after_s == 20.0
-    assert decided(Ended.DOWN, after=0.0).after_s == 0.75
+    assert decided(LmFailure.REFUSED, after=20.0).after_s == 20.0
+    assert decided(LmFailure.DOWN, after=0.0).after_s == 0.75
+
+
+def test_a_long_pause_is_waited_for_at_the_limiter_where_a_stop_is_heard():
+    assert decided(LmFailure.REFUSED, after=86_400.0).after_s == 60.0
 
 
 def error(name, *bases, **attributes):
@@ -72,11 +96,11 @@ def error(name, *bases, **attributes):
         (error("LMInvalidRequestError", status=404), LmFailure.HOPELESS),
         (error("LMInvalidRequestError", status=400), LmFailure.OTHER),
         (ValueError("status"), LmFailure.OTHER),
+        (asyncio.CancelledError(), LmFailure.ABANDONED),
     ],
 )
 def test_an_error_is_read_by_name_and_status(raised, expected):
     assert lm_failure(raised) is expected
-    assert Ended(lm_failure(raised)) == expected
 
 
 def test_the_teachers_wish_is_read_off_the_error():

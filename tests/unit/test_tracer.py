@@ -86,7 +86,7 @@ def test_a_retrieving_program_keeps_what_it_retrieved(run):
     [
         (programs.Raising, "boom", FailureKind.PROGRAM, "cannot handle boom"),
         (programs.build, "garbled", FailureKind.PARSE, "I would rather not say."),
-        (programs.build, "refused", FailureKind.TEACHER, "bad key"),
+        (programs.build, "refused", FailureKind.PREVENTED, "bad key"),
     ],
 )
 def test_whatever_raises_becomes_a_failure_of_its_kind(run, program, text, kind, said):
