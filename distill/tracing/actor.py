@@ -19,7 +19,7 @@ from distill.programs import Task
 from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_to
 from distill.tracing.loading import TaskLoader
-from distill.tracing.spending import paid
+from distill.tracing.spending import cost_usd, paid
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import (
     Failure,
@@ -28,7 +28,6 @@ from distill.tracing.trace import (
     Usage,
     passes,
     rejection,
-    total_usage,
 )
 from distill.tracing.tracer import Tracer
 from distill.tracing.variants import hinted_task, sampled, sampled_task
@@ -92,7 +91,7 @@ class Acknowledgement:
     outcome: Outcome
     calls: int
     tokens: int
-    cost_usd: float | None
+    cost_usd: float
     rejected: str | None
     usages: Mapping[str, Usage]
 
@@ -204,14 +203,13 @@ class TraceActor:
 
     def _acknowledgement(self, trace: Trace) -> Acknowledgement:
         spent = trace.spent
-        paid_for = total_usage(list(paid(trace, self._job.lm.override_lms).values()))
         return Acknowledgement(
             key=trace.key,
             failure=trace.failure,
             outcome=outcome_of(trace, self._has_metric, self._job.threshold),
             calls=spent.calls,
             tokens=(spent.prompt_tokens or 0) + (spent.completion_tokens or 0),
-            cost_usd=paid_for.cost_usd,
+            cost_usd=cost_usd(paid(trace, self._job.lm.override_lms)),
             rejected=rejection(trace, self._has_metric, self._job.threshold),
             usages=trace.usages,
         )
