@@ -18,7 +18,6 @@ import ray
 from distill.programs import Task
 from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_to
-from distill.tracing.loading import TaskLoader
 from distill.tracing.spending import cost_usd, paid
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import (
@@ -30,9 +29,9 @@ from distill.tracing.trace import (
     rejection,
 )
 from distill.tracing.tracer import Tracer
-from distill.tracing.variants import hinted_task, sampled, sampled_task
 from distill.tracing.work import Outcome, Unit
 from serve.errors import TraceStoreError
+from serve.programs import set_up
 
 ANSWER_AT_LEAST_EVERY_S = 1.0
 
@@ -123,7 +122,6 @@ class TraceActor:
         # The user's program is imported here by name, from where the driver found it.
         sys.path.extend(path for path in import_paths if path not in sys.path)
         self._payload = payload
-        self._tracers: dict[int, Tracer] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._pending: list[tuple[Trace, asyncio.Future[None]]] = []
         self._committing: asyncio.Task[None] | None = None
@@ -154,13 +152,19 @@ class TraceActor:
                 "such as s3://bucket/runs."
             )
         self._writer = store.writer()
-        self._gate = gate_to(self._job.governor)
-        self._lm = self._job.lm.make()
-        self._judge = self._job.lm.judge() if self._job.lm.judge else self._lm
-        self._loader = TaskLoader(self._job.task)
-        task = await self._loader.first()
+        task: Task = cloudpickle.loads(self._job.task)
+        if task.setup is not None:
+            await set_up(task.program, task.setup)
         self._has_metric = task.metric is not None
-        self._tracers[0] = self._make_tracer(task, self._lm)
+        self._tracer = Tracer(
+            task,
+            self._job.lm.make(),
+            judge=self._job.lm.judge() if self._job.lm.judge else None,
+            concurrency=self._job.concurrency,
+            override_lms=self._job.lm.override_lms,
+            gate=gate_to(self._job.governor),
+            calls=self._job.calls,
+        )
 
     async def exchange(self, units: Sequence[Unit]) -> list[Acknowledgement]:
         """Begin these units; returns what has become durable since the last time.
@@ -188,10 +192,8 @@ class TraceActor:
         try:
             # Held until the trace is durable, so that no more than the slots can be lost.
             async with self._slots:
-                trace = await self._tracer_for(unit).trace(unit.key, unit.example)
-                trace = replace(
-                    trace, example_id=unit.example_id, sample=unit.sample, hinted=unit.hinted
-                )
+                trace = await self._tracer.trace(unit.key, unit.example, unit.variant)
+                trace = replace(trace, example_id=unit.example_id)
                 if not _never_ran(trace):
                     await self._commit(trace)
         # A tracer keeps what the program raises; what gets here would be lost in the task.
@@ -212,26 +214,6 @@ class TraceActor:
             cost_usd=cost_usd(paid(trace, self._job.lm.override_lms)),
             rejected=rejection(trace, self._has_metric, self._job.threshold),
             usages=trace.usages,
-        )
-
-    def _tracer_for(self, unit: Unit) -> Tracer:
-        if unit.hinted:
-            return self._make_tracer(hinted_task(self._loader.another(), unit.example), self._lm)
-        if unit.sample not in self._tracers:
-            task = sampled_task(self._loader.another(), unit.sample)
-            lm = sampled(self._lm, unit.sample)
-            self._tracers[unit.sample] = self._make_tracer(task, lm)
-        return self._tracers[unit.sample]
-
-    def _make_tracer(self, task: Task, lm: dspy.BaseLM) -> Tracer:
-        return Tracer(
-            task,
-            lm,
-            judge=self._judge,
-            concurrency=self._job.concurrency,
-            override_lms=self._job.lm.override_lms,
-            gate=self._gate,
-            calls=self._job.calls,
         )
 
     async def _commit(self, trace: Trace) -> None:

@@ -195,8 +195,8 @@ class _Dispatcher:
             usage=Usage(),
             latency_s=0.0,
             failure=failure,
-            sample=unit.sample,
-            hinted=unit.hinted,
+            sample=unit.variant.sample,
+            hinted=unit.variant.hinted,
         )
         self._job.store.writer().append([trace.to_json()])
         self._work.finish(unit.key, Outcome.REJECTED)

@@ -172,7 +172,7 @@ class Pool:
         except RayError as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 # The next one would not start either.
-                raise _not_started(error) from error
+                raise _not_started(str(error).strip().splitlines()[-1].strip()) from error
             self._remove(worker)
             return Landed(worker, lost=error)
         worker.answer, worker.is_up = None, True
@@ -184,8 +184,7 @@ class Pool:
         ray.kill(worker.actor)
 
 
-def _not_started(error: RayActorError) -> TracingError:
-    cause = str(error).strip().splitlines()[-1].strip()
+def _not_started(cause: str) -> TracingError:
     return TracingError(
         f"A tracing actor cannot start: {cause}. Every node needs raydistill, DSPy and what the "
         "program imports, in the versions that are here: install them there, or name them in "
@@ -197,6 +196,8 @@ def _as_ours(error: RayTaskError) -> DistillError:
     cause = error.cause if error.cause is not None else error
     if isinstance(cause, DistillError):
         return cause
+    if isinstance(cause, ImportError):
+        return _not_started(f"{type(cause).__name__}: {cause}")
     return TracingError(
         f"A tracing actor failed: {type(cause).__name__}: {secrets.scrubbed(str(cause))}. What "
         "was traced is kept; mend the cause and run the same command again."

@@ -34,6 +34,7 @@ from distill.tracing.trace import (
     total_usage,
 )
 from distill.tracing.values import as_shown, jsonable, revive_prediction
+from distill.tracing.variants import Variant
 from serve.dspy_lm import LmFailure, governed, is_lm_error, lm_failure
 from serve.errors import CallPrevented
 from serve.programs import as_prediction, runs_async
@@ -41,6 +42,8 @@ from serve.threads import allow_threads
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
+MAX_HELD = 10_000
+"""A longer list or dict is data, and holds no LMs."""
 RUN = "raydistill_run"
 """Key in DSPy's settings, which follow a program into its threads."""
 
@@ -49,6 +52,7 @@ RUN = "raydistill_run"
 class _Run:
     """What one run of the program leaves behind, filled while it runs."""
 
+    settings: dict[str, Any]
     steps: list[Any] = field(default_factory=list)
     usages: list[tuple[str, Usage]] = field(default_factory=list)
     lm_errors: list[Exception] = field(default_factory=list)
@@ -108,15 +112,21 @@ class Tracer:
             # stage; predictors made from one another would share theirs.
             predictor.stage = name
         self._names = {name for name, _ in named}
-        for _, module in task.program.named_sub_modules(dspy.Module):
-            _govern_own(module, conductor)
+        modules = [module for _, module in task.program.named_sub_modules(dspy.Module)]
+        for holder in (*modules, task.adapter):
+            _govern_held(vars(holder), conductor)
 
-    async def trace(self, key: str, example: dspy.Example) -> Trace:
+    async def trace(
+        self,
+        key: str,
+        example: dspy.Example,
+        variant: Variant = Variant(),  # noqa: B008
+    ) -> Trace:
         """Run the program on one example.
 
         Never raises for what the program, the LM or the metric does.
         """
-        run = _Run()
+        run = _Run(variant.settings(example, self._task.adapter))
         if runs_async(self._task.program):
             await self._run_async(example, run)
         else:
@@ -133,6 +143,8 @@ class Tracer:
             score=score,
             failure=run.failure(),
             usages=_by_name(run.usages),
+            sample=variant.sample,
+            hinted=variant.hinted,
         )
 
     @contextlib.contextmanager
@@ -141,8 +153,8 @@ class Tracer:
         try:
             with dspy.context(
                 **self._task.settings,
+                **run.settings,
                 lm=self._lm,
-                adapter=self._task.adapter,
                 trace=run.steps,
                 max_trace_size=MAX_TRACE_STEPS,
                 **{RUN: run},
@@ -250,11 +262,14 @@ def _record_error(error: Exception) -> None:
         run.lm_errors.append(error)
 
 
-def _govern_own(module: dspy.Module, conductor: Conductor) -> None:
-    """Put governed LMs in the place of those that a module holds."""
-    for name, value in vars(module).items():
+def _govern_held(holder: dict[Any, Any] | list[Any], conductor: Conductor) -> None:
+    """Put governed LMs in the place of those that are held, in lists and dicts as well."""
+    held = holder.items() if isinstance(holder, dict) else enumerate(holder)
+    for name, value in list(held) if len(holder) <= MAX_HELD else ():
         if isinstance(value, dspy.BaseLM):
-            setattr(module, name, governed(value, conductor))
+            holder[name] = governed(value, conductor)
+        elif isinstance(value, dict | list):
+            _govern_held(value, conductor)
 
 
 def _by_name(usages: Sequence[tuple[str, Usage]]) -> dict[str, Usage]:

@@ -1,50 +1,76 @@
 """The ways in which a program is run on an example besides the plain one.
 
-A sample asks with a rollout of its own and a temperature; a hinted run tells every predictor
-the label. Either is a change of the task and its LM; how they are run is ``tracer``.
+A sample asks with a rollout of its own; a hinted run tells every predictor the label. Both are
+settings that a run of the one program finds; running it is ``tracer``.
 """
 
+import copy
 import json
+from dataclasses import dataclass
+from typing import Any
 
 import dspy
 
-from distill.programs import Task
 from distill.tracing.values import jsonable
-
-SAMPLE_TEMPERATURE = 1.0
-"""Of samples after the first, where the LM's own is 0: they would all be the same."""
+from serve.dspy_lm import ROLLOUT
 
 
-def sampled(lm: dspy.BaseLM, sample: int) -> dspy.BaseLM:
-    """The LM as this sample asks it; sample 0 is the LM itself."""
-    if not sample:
-        return lm
-    temperature = lm.kwargs.get("temperature") or SAMPLE_TEMPERATURE
-    # The rollout keeps a sample from being answered by the cache of another.
-    twin: dspy.BaseLM = lm.copy(rollout_id=sample, temperature=temperature)
-    return twin
+@dataclass(frozen=True)
+class Variant:
+    """Which run of an example it is.
 
-
-def sampled_task(task: Task, sample: int) -> Task:
-    """The task, whose own LMs are changed in place to be asked as this sample."""
-    for _, module in task.program.named_sub_modules(dspy.Module):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, dspy.BaseLM):
-                setattr(module, name, sampled(value, sample))
-    return task
-
-
-def hinted_task(task: Task, example: dspy.Example) -> Task:
-    """The task, whose predictors' instructions are changed in place to hold the label.
-
-    Rows are rendered with the program's own instructions, so no hint reaches the student.
+    Attributes:
+        sample: Its number; 0 is the plain one.
+        hinted: Whether the label is told.
     """
+
+    sample: int = 0
+    hinted: bool = False
+
+    def settings(self, example: dspy.Example, adapter: dspy.Adapter) -> dict[str, Any]:
+        """What DSPy's settings are for this run of the example.
+
+        Rows are rendered with the program's own instructions, so no hint reaches the student.
+        """
+        return {
+            "adapter": _hinting(adapter, _hint(example)) if self.hinted else adapter,
+            ROLLOUT: self.sample,
+        }
+
+
+def _hint(example: dspy.Example) -> str:
     labels = json.dumps(jsonable(example.labels().toDict()), default=str, ensure_ascii=False)
-    hint = (
+    return (
         f"For this input, the task as a whole is known to end in {labels}. Let that guide your "
         "answer, and answer as you would have without being told: never mention it."
     )
-    for predictor in task.program.predictors():
-        signature = predictor.signature
-        predictor.signature = signature.with_instructions(f"{signature.instructions}\n\n{hint}")
-    return task
+
+
+class _Hinting:
+    """Mixed into an adapter's own class; tells every predictor the hint."""
+
+    hint: str
+
+    def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+        plain: Any = super()
+        return plain.__call__(lm, lm_kwargs, self._told(signature), demos, inputs)
+
+    async def acall(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+        plain: Any = super()
+        return await plain.acall(lm, lm_kwargs, self._told(signature), demos, inputs)
+
+    def _told(self, signature: Any) -> Any:
+        return signature.with_instructions(f"{signature.instructions}\n\n{self.hint}")
+
+
+_classes: dict[type, Any] = {}
+
+
+def _hinting(adapter: dspy.Adapter, hint: str) -> dspy.Adapter:
+    kind = type(adapter)
+    if kind not in _classes:
+        _classes[kind] = type(f"Hinting{kind.__name__}", (_Hinting, kind), {})
+    twin = copy.copy(adapter)
+    twin.__class__ = _classes[kind]
+    twin.hint = hint
+    return twin

@@ -12,6 +12,7 @@ from enum import IntEnum
 import dspy
 
 from distill.fingerprints import fingerprint
+from distill.tracing.variants import Variant
 
 MAX_DEATHS = 3
 """Of the process around an example, before the example is taken for the cause."""
@@ -40,8 +41,7 @@ class Unit:
     example: dspy.Example
     example_id: str
     """As the driver tells it: of values without a JSON form, another process might tell another."""
-    sample: int = 0
-    hinted: bool = False
+    variant: Variant
 
 
 class Work:
@@ -132,9 +132,9 @@ class Work:
         self.remaining -= 1
         number, variant = divmod(unit, self._width)
         hinted = variant == self._samples
-        sample = 0 if hinted else variant
         example, identity = self._examples[number], self._ids[number]
-        return Unit(self._keys[unit], example, identity, sample, hinted)
+        chosen = Variant(0 if hinted else variant, hinted)
+        return Unit(self._keys[unit], example, identity, chosen)
 
     def _open_hint(self, unit: int) -> None:
         first = unit - unit % self._width

@@ -17,6 +17,7 @@ import dspy
 
 from serve.dspy_lm.failures import HOPELESS, LmFailure, lm_failure, retry_after_s
 from serve.dspy_lm.governed import (
+    ROLLOUT,
     AsyncAttempt,
     Attempt,
     Conductor,
@@ -38,6 +39,7 @@ else:
 __all__ = [
     "CONNECTION",
     "HOPELESS",
+    "ROLLOUT",
     "AsyncAttempt",
     "Attempt",
     "Conductor",

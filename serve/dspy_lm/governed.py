@@ -47,7 +47,7 @@ def governed(lm: dspy.BaseLM, conductor: Conductor) -> dspy.BaseLM:
     twin = lm.copy()
     twin.max_retries = max(int(getattr(lm, "num_retries", 0) or 0), 0)
     twin.num_retries = 0
-    twin.conductor = _Shared(conductor)
+    twin.conductor, twin.rollouts = _Shared(conductor), _Rollouts()
     twin.__class__ = _class_of(type(lm))
     return twin
 
@@ -61,6 +61,30 @@ def own_timeout_s(lm: dspy.BaseLM) -> Any:
     """The timeout that an LM was made with: seconds, None, or its client's own way to say it."""
     given = lm.kwargs.get("timeout")
     return float(given) if isinstance(given, int | float) else given
+
+
+ROLLOUT = "raydistill_rollout"
+"""Key in DSPy's settings: the number of the run that calls are for, of several alike."""
+ROLLOUT_TEMPERATURE = 1.0
+"""Of runs after the first, where the LM's own is 0: they would all be the same."""
+
+
+class _Rollouts(dict[int, Any]):
+    """The copies of an LM that ask for other runs; a copy of the LM has its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Rollouts":
+        return _Rollouts()
+
+
+def _of_rollout(lm: Any) -> Any:
+    """The LM, or its copy for the run under way, which DSPy's cache tells from the others."""
+    number = dspy.settings.get(ROLLOUT)
+    if not number:
+        return lm
+    if number not in lm.rollouts:
+        temperature = lm.kwargs.get("temperature") or ROLLOUT_TEMPERATURE
+        lm.rollouts[number] = lm.copy(rollout_id=number, temperature=temperature)
+    return lm.rollouts[number]
 
 
 class _Shared:
@@ -77,24 +101,29 @@ class _Governed:
     """Mixed into an LM's own class; see ``governed``."""
 
     conductor: _Shared
+    rollouts: _Rollouts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        lm = _of_rollout(self)
+
         def attempt(timeout_s: float | None) -> tuple[Any, list[Entry]]:
             with _recording() as entries:
-                options = _timeout(self, args, kwargs, timeout_s)
-                once: Any = super(_Governed, self)
+                options = _timeout(lm, args, kwargs, timeout_s)
+                once: Any = super(_Governed, lm)
                 return once.__call__(*args, **kwargs, **options), entries
 
-        return self.conductor.conductor.conduct(self, _requests(self, kwargs), attempt)
+        return self.conductor.conductor.conduct(lm, _requests(lm, kwargs), attempt)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        lm = _of_rollout(self)
+
         async def attempt(timeout_s: float | None) -> tuple[Any, list[Entry]]:
             with _recording() as entries:
-                options = _timeout(self, args, kwargs, timeout_s)
-                once: Any = super(_Governed, self)
+                options = _timeout(lm, args, kwargs, timeout_s)
+                once: Any = super(_Governed, lm)
                 return await once.acall(*args, **kwargs, **options), entries
 
-        return await self.conductor.conductor.aconduct(self, _requests(self, kwargs), attempt)
+        return await self.conductor.conductor.aconduct(lm, _requests(lm, kwargs), attempt)
 
     def update_history(self, entry: Entry) -> None:
         entries = _entries.get()

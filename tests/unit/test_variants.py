@@ -1,50 +1,95 @@
 """The ways in which a program is run besides the plain one: samples and hints."""
 
+import asyncio
+import copy
+from types import SimpleNamespace
+
 import dspy
 import pytest
 
 from distill.programs import Task
-from distill.tracing.variants import hinted_task, sampled, sampled_task
+from distill.tracing.trace import UNNAMED
+from distill.tracing.tracer import Tracer
+from distill.tracing.variants import Variant
 from tests import programs
 
-pytestmark = pytest.mark.dspy
+pytestmark = [
+    pytest.mark.dspy,
+    # DSPy 3.4 tells whoever calls such an LM that 3.5 will not have it.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+EXAMPLE = dspy.Example(text="sun", mood="good").with_inputs("text")
 
 
-def lm(temperature=0.0):
-    return dspy.LM("openai/x", temperature=temperature, cache=False)
+class Asked(dspy.BaseLM):
+    """Answers, and remembers how it and its copies were asked."""
+
+    def __init__(self, calls, **kwargs):
+        super().__init__("asked", **kwargs)
+        self.calls = calls
+
+    def __deepcopy__(self, memo):
+        twin = copy.copy(self)
+        twin.kwargs = dict(self.kwargs)
+        return twin
+
+    def forward(self, prompt=None, messages=None, **kwargs):
+        self.calls.append({**self.kwargs, **kwargs, "system": messages[0]["content"]})
+        text = "[[ ## mood ## ]]\ngood\n\n[[ ## completed ## ]]"
+        message = SimpleNamespace(content=text, tool_calls=None)
+        choice = SimpleNamespace(message=message, finish_reason="stop")
+        return SimpleNamespace(choices=[choice], usage={"prompt_tokens": 7}, model=self.model)
 
 
 class Asking(dspy.Module):
-    """Asks an LM by itself, beside a predictor with an LM of its own."""
+    """Asks LMs by itself, beside predictors with and without one of their own."""
 
-    def __init__(self):
+    def __init__(self, lm):
         super().__init__()
         self.judge = dspy.Predict(programs.Sentiment)
-        self.judge.lm, self.model = lm(), lm()
+        self.other = dspy.Predict(programs.Sentiment)
+        self.other.lm, self.models = lm.copy(), {"by name": [lm.copy()]}
+
+    def forward(self, text):
+        self.models["by name"][0](messages=[{"role": "system", "content": "alone"}])
+        self.other(text=text)
+        return self.judge(text=text)
 
 
-def task(program):
-    return Task(program, dspy.ChatAdapter(), None)
+def run(program, lm, variant):
+    tracer = Tracer(Task(program, dspy.ChatAdapter(), None), lm, concurrency=1)
+    trace = asyncio.run(tracer.trace("k", EXAMPLE, variant))
+    assert trace.failure is None, trace.failure
+    return trace
 
 
-def test_a_sample_asks_with_a_rollout_and_a_temperature_of_its_own():
-    plain, warm = lm(), lm(temperature=0.3)
-    assert sampled(plain, 0) is plain
-    second = sampled(plain, 2)
-    assert (second.kwargs["rollout_id"], second.kwargs["temperature"]) == (2, 1.0)
-    assert sampled(warm, 1).kwargs["temperature"] == 0.3
-    assert plain.kwargs["temperature"] == 0.0
+def test_every_call_of_a_sample_has_its_rollout_and_a_temperature():
+    lm = Asked([], temperature=0.0)
+    trace = run(Asking(lm), lm, Variant(sample=2))
+    assert [(call["rollout_id"], call["temperature"]) for call in lm.calls] == 3 * [(2, 1.0)]
+    assert trace.sample == 2
+    assert trace.usages.keys() == {"judge", "other", UNNAMED}
 
 
-def test_every_lm_that_a_program_holds_is_sampled():
-    program = sampled_task(task(Asking()), 3).program
-    assert program.judge.lm.kwargs["rollout_id"] == 3
-    assert program.model.kwargs["rollout_id"] == 3
+def test_a_sample_keeps_the_temperature_that_its_lm_has():
+    lm = Asked([], temperature=0.3)
+    run(programs.build(), lm, Variant(sample=1))
+    assert lm.calls[0]["temperature"] == 0.3
+
+
+def test_the_plain_run_is_asked_as_the_lm_is():
+    lm = Asked([], temperature=0.0)
+    run(Asking(lm), lm, Variant())
+    assert all(call["temperature"] == 0.0 and "rollout_id" not in call for call in lm.calls)
 
 
 def test_a_hint_tells_every_predictor_the_label_and_nothing_of_the_inputs():
-    example = dspy.Example(text="sun", mood="good").with_inputs("text")
-    program = hinted_task(task(programs.TwoSteps()), example).program
-    for predictor in program.predictors():
-        assert '{"mood": "good"}' in predictor.signature.instructions
-        assert "sun" not in predictor.signature.instructions
+    lm = Asked([])
+    program = Asking(lm)
+    trace = run(program, lm, Variant(hinted=True))
+    told = [call["system"] for call in lm.calls if call["system"] != "alone"]
+    assert len(told) == 2
+    assert all('{"mood": "good"}' in system and "sun" not in system for system in told)
+    assert trace.hinted
+    assert "good" not in program.judge.signature.instructions

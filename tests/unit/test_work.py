@@ -24,7 +24,7 @@ def test_every_unit_is_handed_out_once():
     work = make(samples=2)
     units = take_all(work)
     assert [unit.key for unit in units] == list(work.keys)
-    assert [(unit.example.text, unit.sample) for unit in units[:3]] == [
+    assert [(unit.example.text, unit.variant.sample) for unit in units[:3]] == [
         ("0", 0),
         ("0", 1),
         ("1", 0),
@@ -61,7 +61,7 @@ def test_a_hint_is_due_once_all_samples_have_failed(outcomes, due):
     assert not take_all(work)
     work.finish(second.key, outcomes[1])
     hints = take_all(work)
-    assert [unit.hinted for unit in hints] == ([True] if due else [])
+    assert [unit.variant.hinted for unit in hints] == ([True] if due else [])
     assert work.total == 2 + due
     for unit in hints:
         work.finish(unit.key, Outcome.REJECTED)
