@@ -199,8 +199,13 @@ def test_a_wrong_option_is_refused_where_it_is_given(optimizer, options, message
 
 
 def test_a_student_model_that_does_not_exist_is_refused(optimizer, tmp_path):
-    with refused("nowhere cannot be loaded: .* Expected scratch, a Hugging Face id, or a folder"):
+    with refused("nowhere cannot be loaded: .* Expected a Hugging Face id, a folder"):
         plan(optimizer(student_model=str(tmp_path / "nowhere")))
+
+
+def test_a_teacher_that_only_a_configuration_can_have_served_is_refused(optimizer):
+    with dspy.context(lm=dspy.LM("ray/org/model")), refused(r"raydistill/org/model.*lm\.launch"):
+        plan(optimizer())
 
 
 def test_a_student_model_that_is_no_language_model_is_refused(optimizer, tmp_path):
