@@ -11,7 +11,7 @@ import cloudpickle
 import dspy
 from dspy.clients.lm_local import LocalProvider
 
-from distill import preflight
+from distill import open_teacher, preflight
 from distill.compile_checks import (
     MAX_FAILURE_RATE,
     Settings,
@@ -174,6 +174,8 @@ def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
             f"The teacher's predictors {', '.join(without)} have no LM to ask. Configure one with "
             "dspy.configure(lm=...), or give the teacher its own with teacher.set_lm(lm)."
         )
+    open_teacher.check_elsewhere("The teacher's LM", lm)
+    open_teacher.check_none_inside(program)
     for asked in (lm, *(predictor.lm for predictor in program.predictors())):
         if asked is not None and asked.model == model_name(SCRATCH):
             raise ConfigurationError(

@@ -53,6 +53,10 @@ class TeacherUnusable(CallPrevented):
     """The teacher refuses all calls: the key, the bill or the model is wrong."""
 
 
+class TeacherAbsent(CallPrevented):
+    """The teacher is one that the run serves itself when it is needed, and does not yet."""
+
+
 class TrainingError(DistillError, RuntimeError):
     """Training could not start, or did not end with a student."""
 

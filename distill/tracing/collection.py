@@ -17,6 +17,7 @@ from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.governor import gate_when_asked
 from distill.tracing.limits import Limits
 from distill.tracing.permits import Bounds
+from distill.tracing.service import Service
 from distill.tracing.spending import cost_usd, paid_by_predictor
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import Trace, Usage
@@ -38,6 +39,7 @@ class Collection:
         samples: Runs of each example.
         hints: Whether an example that no run of passed gets one more, with the label as a hint.
         threshold: See ``trace.passes``.
+        service: What has to be served for the teacher to answer; None is nothing.
     """
 
     task: Task
@@ -52,6 +54,7 @@ class Collection:
     samples: int = 1
     hints: bool = False
     threshold: float | None = None
+    service: Service | None = None
 
     def work(self) -> Work:
         """The units of it, none of them done."""
@@ -87,7 +90,8 @@ class Collection:
             BudgetExceeded, TracingError: As ``traces``.
         """
         failed: list[Exception] = []
-        with gate_when_asked(self.store.uri, self._bounds) as gate:
+        serving = self.service.running if self.service else contextlib.nullcontext
+        with gate_when_asked(self.store.uri, self._bounds, serving) as gate:
             conductor = Conductor(gate, self.calls, lambda _: None, failed.append)
             judge = governed((self.lm.judge or self.lm.make)(), conductor)
 

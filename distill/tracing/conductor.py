@@ -22,7 +22,14 @@ from distill.tracing.prices import Price, Prices, entry_usage
 from distill.tracing.retries import CallFailure, GiveUp, Retry, StopAll, decide
 from distill.tracing.trace import Usage, total_usage
 from serve.dspy_lm import AsyncAttempt, Attempt, Entry, is_cached, lm_failure, retry_after_s
-from serve.errors import BudgetSpent, CallPrevented, TeacherDown, TeacherUnusable, Unpriced
+from serve.errors import (
+    BudgetSpent,
+    CallPrevented,
+    TeacherAbsent,
+    TeacherDown,
+    TeacherUnusable,
+    Unpriced,
+)
 
 LANE = 90
 """Calls in flight of one LM through one HTTP client: DSPy 3.4's has 100 connections."""
@@ -36,6 +43,7 @@ _REFUSALS: dict[Stop, tuple[type[CallPrevented], str]] = {
     Stop.UNPRICED: (Unpriced, "trace.budget_usd cannot be kept: a call has no known price."),
     Stop.OUTAGE: (TeacherDown, "The teacher has not replied for a quarter of an hour."),
     Stop.HOPELESS: (TeacherUnusable, "The teacher refuses all calls."),
+    Stop.ABSENT: (TeacherAbsent, "The teacher is not served yet."),
 }
 
 

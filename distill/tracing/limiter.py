@@ -109,7 +109,7 @@ class Limiter:
         self._advance(now)
         model = self._models.setdefault(ask.model, _Model())
         if self.stopped is None:
-            self.stopped = self._must_stop(now, model)
+            self.stopped = self._must_stop(now, ask, model)
         if self.stopped is not None:
             return self.stopped
         wait_s = self._must_wait(now, ask, model)
@@ -162,7 +162,9 @@ class Limiter:
         if call.probe and self._outage:
             self._outage.probing = False
 
-    def _must_stop(self, now: float, model: _Model) -> Stop | None:
+    def _must_stop(self, now: float, ask: Ask, model: _Model) -> Stop | None:
+        if ask.model == self._bounds.absent:
+            return Stop.ABSENT
         budget = self._bounds.budget_usd
         if budget is not None and self.spent_usd + model.cost_usd >= budget:
             return Stop.BUDGET

@@ -23,6 +23,8 @@ class StopReason(StrEnum):
     BUDGET = "budget"
     UNPRICED = "unpriced"
     OUTAGE = "outage"
+    ABSENT = "absent"
+    """The metric asks a teacher that has to be served first."""
 
 
 _PREVENTED = {
@@ -30,6 +32,7 @@ _PREVENTED = {
     "Unpriced": StopReason.UNPRICED,
     "TeacherDown": StopReason.OUTAGE,
     "TeacherUnusable": StopReason.HOPELESS,
+    "TeacherAbsent": StopReason.ABSENT,
 }
 """What the errors of calls that were not made say."""
 

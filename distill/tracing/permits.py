@@ -26,6 +26,7 @@ class Stop(StrEnum):
     UNPRICED = "unpriced"
     OUTAGE = "outage"
     HOPELESS = "hopeless"
+    ABSENT = "absent"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Bounds:
         requests_per_minute, tokens_per_minute: Over every sliding minute.
         budget_usd: For all that the run spends.
         spent_usd: What has been spent of it before.
+        absent: A model that is not served yet, since it may never be asked.
     """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     budget_usd: float | None = None
     spent_usd: float = 0.0
+    absent: str | None = None
 
 
 @dataclass(frozen=True)

@@ -291,3 +291,11 @@ def test_a_call_that_was_given_up_for_lost_is_paid_all_the_same():
     limits.finish(10, permit.id, answered(1, 2.0))
     assert limits.in_flight == 0
     assert limits.ask(10, ASK) is Stop.BUDGET
+
+
+def test_a_model_that_is_not_served_yet_stops_those_who_ask_it_and_nobody_else():
+    limits = limiter(absent="judge")
+    permitted(limits, 0.0)
+    assert limits.ask(0.0, Ask("judge")) is Stop.ABSENT
+    limits.begin(Bounds())
+    permitted(limits, 1.0, Ask("judge"))
