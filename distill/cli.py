@@ -141,8 +141,8 @@ def _check(arguments: Arguments, terminal: Terminal) -> None:
     inputs = preflight.load(config)
     with cluster.connected():
         train = preflight.fitted_workers(config.train)
-        trace = preflight.fitted_actors(config.trace)
-        preflight.check_cluster(train, trace)
+        trace = preflight.fitted_actors(config.trace, config.teacher)
+        preflight.check_cluster(train, trace, config.teacher)
     config = config.model_copy(update={"trace": trace})
     expected = estimate.estimate(inputs, config)
     terminal.say("All is well. " + estimate.describe(expected, config))

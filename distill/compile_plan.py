@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import dspy
 from dspy.clients.lm_local import LocalProvider
 
-from distill import preflight, unpicklable
+from distill import open_teacher, preflight, unpicklable
 from distill.compile_checks import (
     MAX_FAILURE_RATE,
     Settings,
@@ -113,7 +113,7 @@ class Plan:
         Raises:
             ConfigurationError: More workers or actors are asked for than fit.
         """
-        trace = preflight.fitted_actors(self.trace, self.num_threads)
+        trace = preflight.fitted_actors(self.trace, in_flight=self.num_threads)
         preflight.check_actors(trace)
         for group in self.groups:
             if trains_here(group.lm):
@@ -176,6 +176,8 @@ def _make_teacher(program: dspy.Module, optimizer: Optimizer) -> Teacher:
             f"The teacher's predictors {', '.join(without)} have no LM to ask. Configure one with "
             "dspy.configure(lm=...), or give the teacher its own with teacher.set_lm(lm)."
         )
+    open_teacher.check_elsewhere("The teacher's LM", lm)
+    open_teacher.check_none_inside(program)
     for asked in (lm, *(predictor.lm for predictor in program.predictors())):
         if asked is not None and asked.model == model_name(SCRATCH):
             raise ConfigurationError(

@@ -25,6 +25,8 @@ SECRET_KEY = re.compile(
 SECRET_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 
 SCRATCH = "scratch"
+OPEN_MODEL = "ray/"
+"""Begins the name of a teacher that the run serves itself."""
 SCRATCH_RECIPE = {
     "learning_rate": 1e-3,
     "num_train_epochs": 12,
@@ -60,6 +62,9 @@ class TeacherConfig(Section):
     """The teacher: what ``dspy.LM`` takes. Secrets come from the environment."""
 
     lm: dict[str, Any]
+    """Of a model ``ray/...``, see ``open_teacher.OpenLmConfig``."""
+    num_replicas: Positive = 1
+    """Of a model ``ray/...``; each takes a GPU where the cluster has any, else a CPU."""
 
     @model_validator(mode="after")
     def _check(self) -> "TeacherConfig":
@@ -70,6 +75,10 @@ class TeacherConfig(Section):
             raise ValueError(
                 f"{secret} would put a secret into the run directory. Set it in the "
                 "environment instead, as OPENAI_API_KEY=... or your provider's own variable"
+            )
+        if self.num_replicas > 1 and not self.lm["model"].startswith(OPEN_MODEL):
+            raise ValueError(
+                f"num_replicas is for a model that the run serves, as {OPEN_MODEL}<Hugging Face id>"
             )
         return self
 

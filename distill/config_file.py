@@ -14,7 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from distill.config import RunConfig, Section
+from distill.config import OPEN_MODEL, SCRATCH, RunConfig, Section
 from serve.errors import ConfigurationError
 
 
@@ -128,10 +128,20 @@ def _resolve_paths(tree: dict[str, Any], folder: Path, overridden: set[str]) -> 
         trace["import"] = [located(value, "trace.import") for value in imports]
     student = tree.get("student")
     if isinstance(student, dict) and isinstance(model := student.get("model"), str):
-        path = base("student.model") / Path(model).expanduser()
-        # A Hugging Face id looks like a relative path; a directory that is there wins.
-        if model.startswith((".", "/", "~")) or (model != "scratch" and path.is_dir()):
-            student["model"] = str(path)
+        student["model"] = _located_model(model, base("student.model"))
+    teacher = tree.get("teacher")
+    lm = teacher.get("lm") if isinstance(teacher, dict) else None
+    if isinstance(lm, dict) and isinstance(model := lm.get("model"), str):
+        prefix, found, name = model.partition(OPEN_MODEL)
+        if found and not prefix:
+            lm["model"] = OPEN_MODEL + _located_model(name, base("teacher.lm.model"))
+
+
+def _located_model(model: str, base: Path) -> str:
+    path = base / Path(model).expanduser()
+    # A Hugging Face id looks like a relative path; a directory that is there wins.
+    is_there = model not in ("", SCRATCH) and path.is_dir()
+    return str(path) if model.startswith((".", "/", "~")) or is_there else model
 
 
 def _is_uri(value: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import dspy
 
-from distill import datasets, rows
+from distill import datasets, open_teacher, rows
 from distill.config import PriceConfig, RunConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.preflight import Inputs
@@ -85,21 +85,26 @@ def _characters(
 
 
 def _price(config: RunConfig) -> PriceConfig | None:
-    model = config.teacher.lm["model"]
-    given = price_of(model, CallSettings.of(config.trace).prices)
+    lm = teacher_lm(config.teacher.lm).make()
+    given = price_of(lm.model, CallSettings.of(config.trace).prices)
     if given:
         return given
-    listed = list_price(teacher_lm(config.teacher.lm).make())
+    listed = list_price(lm)
     return PriceConfig(input=listed[0], output=listed[1]) if listed else None
 
 
 def _seconds(config: RunConfig, calls: int, tokens: int) -> float:
     trace = config.trace
     return max(
-        calls * SECONDS_PER_CALL / (trace.max_actors * trace.concurrency),
+        calls * SECONDS_PER_CALL / _in_flight(config),
         60 * calls / (trace.requests_per_minute or float("inf")),
         60 * tokens / (trace.tokens_per_minute or float("inf")),
     )
+
+
+def _in_flight(config: RunConfig) -> int:
+    asked = config.trace.max_actors * config.trace.concurrency
+    return open_teacher.most_in_flight(config.teacher, asked)
 
 
 def describe(expected: Estimate, config: RunConfig) -> str:
@@ -107,10 +112,11 @@ def describe(expected: Estimate, config: RunConfig) -> str:
     cost = "its price is not known: give trace.prices"
     if expected.cost_usd is not None:
         cost = f"${expected.cost_usd:,.4f}"
-    in_flight = config.trace.max_actors * config.trace.concurrency
+    if open_teacher.is_open(config.teacher.lm) and not expected.cost_usd:
+        cost = "free of charge, on this cluster"
     return (
         f"A run would make about {expected.calls:,} teacher calls, with "
         f"{expected.prompt_tokens:,} prompt tokens and {expected.completion_tokens:,} completion "
         f"tokens ({cost}), for {expected.examples:,} examples, in {expected.seconds:,.0f} s if a "
-        f"call takes {SECONDS_PER_CALL:g} s and {in_flight} are in flight."
+        f"call takes {SECONDS_PER_CALL:g} s and {_in_flight(config)} are in flight."
     )

@@ -20,7 +20,7 @@ from typing import Any
 
 import dspy
 
-from distill import cluster, export, imports, preflight, summary
+from distill import cluster, export, imports, open_teacher, preflight, summary
 from distill.config import SCRATCH, RunConfig
 from distill.datasets import count_leaks, example_id
 from distill.evaluation.evaluate import (
@@ -44,6 +44,7 @@ from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
+from serve import temporary
 from serve.cluster import capacity
 from serve.errors import TracingError, TrainingError
 
@@ -90,8 +91,9 @@ def opened(config: RunConfig, progress: ProgressReporter) -> Iterator[Run]:
     directory.create()
     with cluster.connected(log_to_driver=True):
         train = preflight.fitted_workers(config.train)
-        trace = preflight.fitted_actors(config.trace)
-        preflight.check_cluster(train, trace)
+        temporary.sweep()
+        trace = preflight.fitted_actors(config.trace, config.teacher)
+        preflight.check_cluster(train, trace, config.teacher)
         config = config.model_copy(update={"train": train, "trace": trace})
         directory.write_json("config.json", config.model_dump(mode="json"))
         yield Run(config, inputs, directory, progress)
@@ -284,4 +286,5 @@ def _job(
         limits=limits,
         calls=CallSettings.of(trace),
         run=run.config.name,
+        service=open_teacher.service(run.config.teacher, run.progress.note),
     )

@@ -11,9 +11,17 @@ from typing import Any
 
 import dspy
 
-from distill import datasets, imports, programs, rows
-from distill.config import SCRATCH, ActorsConfig, RunConfig, TraceConfig, TrainConfig
+from distill import datasets, imports, open_teacher, programs, rows
+from distill.config import (
+    SCRATCH,
+    ActorsConfig,
+    RunConfig,
+    TeacherConfig,
+    TraceConfig,
+    TrainConfig,
+)
 from distill.evaluation.evaluate import teacher_lm
+from distill.fingerprints import model_files
 from distill.programs import Task
 from distill.training.deepspeed_config import make_deepspeed_config
 from serve.cluster import capacity
@@ -44,8 +52,11 @@ def load(config: RunConfig) -> Inputs:
     imports.check(config.trace.imports)
     test = datasets.load_examples(config.data.test, config.data)
     programs.check_inputs(task.program, config.data.inputs)
+    open_teacher.check_none_inside(task.program)
     prompts = rows.predictor_prompts(task.program)
     rendered = rows.check_renderable(prompts, task.adapter)
+    if open_teacher.is_open(config.teacher.lm):
+        open_teacher.check(config.teacher.lm, rendered)
     folding = None
     if config.student.prompt == "folded":
         folding = Folding.learn(prompts, task.adapter)
@@ -92,14 +103,18 @@ def fitted_workers(train: TrainConfig) -> TrainConfig:
     return train.model_copy(update={"num_workers": max(1, min(train.num_workers, room))})
 
 
-def fitted_actors(trace: TraceConfig, in_flight: int | None = None) -> TraceConfig:
+def fitted_actors(
+    trace: TraceConfig, teacher: TeacherConfig | None = None, in_flight: int | None = None
+) -> TraceConfig:
     """The same, with no more actors than the cluster holds unless their number was given.
 
     Args:
-        trace: How many there may be.
+        trace: How the teacher is run.
+        teacher: Takes its part of the cluster, if it is one that the run serves.
         in_flight: Examples in flight in all; None is ``concurrency`` for each actor.
     """
-    fitting = max(1, int(capacity("CPU")))
+    taken = open_teacher.num_cpus(teacher) if teacher else 0
+    fitting = max(1, int(capacity("CPU")) - taken)
     if "actors" not in trace.model_fields_set:
         trace = trace.model_copy(update={"actors": min(trace.max_actors, fitting)})
     if in_flight is None:
@@ -109,14 +124,15 @@ def fitted_actors(trace: TraceConfig, in_flight: int | None = None) -> TraceConf
     return trace.model_copy(update={"actors": actors, "concurrency": in_flight // most})
 
 
-def check_cluster(train: TrainConfig, trace: TraceConfig) -> None:
+def check_cluster(train: TrainConfig, trace: TraceConfig, teacher: TeacherConfig) -> None:
     """Check that the connected cluster can hold the run.
 
     Raises:
-        ConfigurationError: More workers or actors are asked for than fit.
+        ConfigurationError: More workers, actors or replicas are asked for than fit.
     """
     check_workers(train)
     check_actors(trace)
+    _check_beside(trace, teacher)
 
 
 def check_actors(trace: TraceConfig) -> None:
@@ -164,8 +180,7 @@ def base_fingerprint(model: str) -> Any:
     folder = Path(model)
     if not folder.is_dir():
         return model
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return [model, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
+    return [model, *model_files(folder)]
 
 
 def _any_full(folding: Folding | None) -> bool:
@@ -175,10 +190,28 @@ def _any_full(folding: Folding | None) -> bool:
 def _check_teacher(settings: dict[str, Any]) -> None:
     try:
         teacher_lm(settings).make()
+    except ConfigurationError:
+        raise  # It says itself what is wrong.
     except Exception as error:
         raise ConfigurationError(
             f"teacher.lm={settings} is not what dspy.LM takes: {error}"
         ) from error
+
+
+def _check_beside(trace: TraceConfig, teacher: TeacherConfig) -> None:
+    """Check that the teacher's replicas and the actors that ask them fit together."""
+    replicas, taken = teacher.num_replicas, open_teacher.num_cpus(teacher)
+    if not taken:
+        return
+    needed, found = taken + trace.min_actors, int(capacity("CPU"))
+    if needed > found:
+        raise ConfigurationError(
+            f"teacher.num_replicas={replicas} and trace.actors={trace.min_actors} need {needed} "
+            f"CPUs together; the cluster has {found}. Lower one of them or add CPU nodes in "
+            "cluster.yaml."
+        )
+    if capacity("GPU") >= 1:
+        _check_fits("teacher.num_replicas", replicas, "GPU")
 
 
 def _check_fits(key: str, asked: int, kind: str) -> None:

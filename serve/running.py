@@ -56,7 +56,8 @@ def deploy(
 
 def delete(name: str) -> None:
     """Delete an application, if it is there."""
-    if name in ray.serve.status().applications:
+    # Asking for the status would start another Ray in the place of one that has ended.
+    if ray.is_initialized() and name in ray.serve.status().applications:
         ray.serve.delete(name)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import dspy
 
+from distill import open_teacher
 from distill.datasets import distinct, example_id
 from distill.evaluation.report import ExampleResult
 from distill.programs import Task
@@ -26,12 +27,17 @@ from serve.models import load_engine
 
 
 def teacher_lm(settings: dict[str, Any]) -> LmSpec:
-    """The teacher: ``dspy.LM`` with the user's settings.
+    """The teacher: ``dspy.LM`` with the user's settings, or a model that the run serves itself.
 
     DSPy's own cache is off: the trace store is what keeps answers, and a cached answer
     would count as a call and lie about its latency. What only says how the model is reached
     names no other teacher, so a server that moved is not paid again.
+
+    Raises:
+        ConfigurationError: A model to be served is not there, or its settings are wrong.
     """
+    if open_teacher.is_open(settings):
+        return open_teacher.lm_spec(settings)
     names = {key: value for key, value in settings.items() if key not in CONNECTION}
     return LmSpec(
         make=functools.partial(dspy.LM, **{"cache": False, **settings}),

@@ -5,8 +5,10 @@ itself; only then does it acknowledge them. The driver holds ids and counts. Eva
 this with another LM, so it goes through here as well.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from distill.tracing.actor import Acknowledgement, Assignment, outcome_of
 from distill.tracing.collection import Collection
@@ -39,14 +41,35 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
         BudgetExceeded: The budget is used up.
         TracingError: Too much failed, the teacher cannot be used, or actors keep dying.
         TraceStoreError: The store is damaged, or cannot be written.
+        StudentError: The teacher is to be served, and does not come to answer.
     """
+    # A judge may never be asked; a teacher that is no more than that is served once it is.
+    absent = job.service.lm if job.service and job.lm.judge else None
+    stopped, counts = _trace(job, on_progress, absent)
+    if stopped is Stop.ABSENT and job.service:
+        job = replace(job, lm=job.service.beside(job.lm))
+        stopped, counts = _trace(job, on_progress, None)
+    if stopped is Stop.BUDGET:
+        raise BudgetExceeded(explain(stopped, counts, job.limits))
+    if stopped:
+        raise TracingError(explain(stopped, counts, job.limits))
+
+
+def _trace(
+    job: Collection, on_progress: OnProgress, absent: str | None
+) -> tuple[Stop | None, Counts]:
+    """Trace what is left, until there is nothing or a limit says stop; ``absent`` as in Bounds."""
     work = job.work()
     counts = _resume(job, work)
     on_progress(counts, 0, work.total)
     if not work.remaining:
-        return
-    limits = job.limits.after(counts.cost_usd)
-    with job.store.beacon() as beacon, governing(job.store.uri, limits) as governor:
+        return None, counts
+    with contextlib.ExitStack() as stack:
+        if job.service and not absent:
+            stack.enter_context(job.service.running())
+        bounds = replace(job.limits.after(counts.cost_usd), absent=absent)
+        beacon = stack.enter_context(job.store.beacon())
+        governor = stack.enter_context(governing(job.store.uri, bounds))
         assignment = Assignment(
             task=job.task.dumps(),
             lm=job.lm,
@@ -57,15 +80,9 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
             governor=governor,
             calls=job.calls,
         )
-        with (
-            TraceMetrics(job.run, job.stage) as metrics,
-            Pool(assignment, job.actors, job.max_actors or job.actors) as pool,
-        ):
-            stopped = _Dispatcher(job, work, counts, pool, metrics, on_progress).run()
-    if stopped is Stop.BUDGET:
-        raise BudgetExceeded(explain(stopped, counts, job.limits))
-    if stopped:
-        raise TracingError(explain(stopped, counts, job.limits))
+        metrics = stack.enter_context(TraceMetrics(job.run, job.stage))
+        pool = stack.enter_context(Pool(assignment, job.actors, job.max_actors or job.actors))
+        return _Dispatcher(job, work, counts, pool, metrics, on_progress).run(), counts
 
 
 def _resume(job: Collection, work: Work) -> Counts:

@@ -3,6 +3,7 @@
 Calls no teacher. Running what the store does not hold yet is ``collect``.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,9 @@ from distill.tracing.actor import LmSpec
 from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_when_asked
 from distill.tracing.limits import Limits
+from distill.tracing.permits import Bounds
 from distill.tracing.rescoring import Rescorer
+from distill.tracing.service import Service
 from distill.tracing.spending import Spending
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import Trace
@@ -35,6 +38,7 @@ class Collection:
         samples: Runs of each example.
         hints: Whether an example that no run of passed gets one more, with the label as a hint.
         threshold: See ``trace.passes``.
+        service: What has to be served for the teacher to answer; None is nothing.
     """
 
     task: Task
@@ -51,6 +55,7 @@ class Collection:
     samples: int = 1
     hints: bool = False
     threshold: float | None = None
+    service: Service | None = None
 
     def work(self) -> Work:
         """The units of it, none of them done."""
@@ -73,7 +78,12 @@ class Collection:
         work = self.work()
         spending = spending or self.spending()
         found = self.store.read(work.keys, self.task.metric_identity, spending.add)
-        with gate_when_asked(self.store.uri, lambda: self.limits.after(spending.cost_usd)) as gate:
+        serving = self.service.running if self.service else contextlib.nullcontext
+
+        def bounds() -> Bounds:
+            return self.limits.after(spending.cost_usd)
+
+        with gate_when_asked(self.store.uri, bounds, serving) as gate:
             rescorer = Rescorer(
                 self.task, (self.lm.judge or self.lm.make)(), gate, self.calls, self.store, spending
             )

@@ -19,6 +19,7 @@ from distill import cluster
 from distill.tracing.gate import FLUSH_S, Gate, Reply, Report
 from distill.tracing.limiter import Limiter
 from distill.tracing.permits import Bounds, Outcome, Permit, Wait
+from serve.errors import CallPrevented, DistillError
 
 logger = logging.getLogger(__name__)
 
@@ -156,18 +157,28 @@ def gate_to(governor: Any) -> Gate:
 
 
 @contextlib.contextmanager
-def gate_when_asked(run: str, bounds: Callable[[], Bounds]) -> Iterator[Gate]:
+def gate_when_asked(
+    run: str,
+    bounds: Callable[[], Bounds],
+    serving: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[Gate]:
     """A gate for calls that there may be: the first one connects to Ray and to the governor.
 
     Args:
         run: What names the run.
         bounds: Tells those of the job.
+        serving: Has whatever is called be there, for as long as the gate is.
     """
     with contextlib.ExitStack() as stack:
 
         @functools.cache
         def governor() -> Any:
             stack.enter_context(cluster.connected())
+            try:
+                stack.enter_context(serving())
+            except DistillError as error:
+                # What asks must not take it for an answer, such as a metric's error.
+                raise CallPrevented(str(error)) from error
             return stack.enter_context(governing(run, bounds()))
 
         yield Gate(lambda report: _exchange(governor(), report))

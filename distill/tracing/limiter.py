@@ -100,7 +100,7 @@ class Limiter:
         self._expire(now)
         model = self._model(ask.model)
         if self.refusal is None:
-            self.refusal = self._must_refuse(now, model)
+            self.refusal = self._must_refuse(now, ask, model)
         if self.refusal is not None:
             return self.refusal
         wait_s = self._must_wait(now, ask, model)
@@ -162,7 +162,9 @@ class Limiter:
             self._models[name] = _Model(Backoff(self._jitter))
         return self._models[name]
 
-    def _must_refuse(self, now: float, model: _Model) -> Refusal | None:
+    def _must_refuse(self, now: float, ask: Ask, model: _Model) -> Refusal | None:
+        if ask.model == self._bounds.absent:
+            return REFUSALS[Stop.ABSENT]
         budget = self._bounds.budget_usd
         if budget is not None and self.spent_usd + model.cost_usd >= budget:
             return REFUSALS[Stop.BUDGET]

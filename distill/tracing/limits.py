@@ -121,7 +121,7 @@ def explain(stop: Stop, counts: Counts, limits: Limits) -> str:
             )
         case Stop.OUTAGE:
             return f"The teacher is down: {what}. {kept} run the same command again when it is up."
-        case Stop.LOST:
+        case Stop.LOST | Stop.ABSENT:
             return f"{what}. {kept} run the same command again."
         case Stop.BUDGET:
             return (

@@ -20,6 +20,8 @@ class Stop(StrEnum):
     """The key, the bill or the model is wrong: no call will do better."""
     LOST = "lost"
     """Nobody is there who could let calls through."""
+    ABSENT = "absent"
+    """The metric asks a teacher that has to be served first."""
     FAILURES = "failures"
     """Too many examples failed."""
 
@@ -32,12 +34,14 @@ class Bounds:
         requests_per_minute, tokens_per_minute: Over every sliding minute.
         budget_usd: For all that the run spends.
         spent_usd: What has been spent of it before.
+        absent: A model that is not served yet, since it may never be asked.
     """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     budget_usd: float | None = None
     spent_usd: float = 0.0
+    absent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ REFUSALS: Mapping[Stop, Refusal] = {
         Stop.UNPRICED: "trace.budget_usd cannot be kept: a call has no known price.",
         Stop.UNCOUNTED: "trace.tokens_per_minute cannot be kept: a reply does not tell its tokens.",
         Stop.OUTAGE: "The teacher has not replied for a quarter of an hour.",
+        Stop.ABSENT: "The teacher is not served yet.",
     }.items()
 }
 

@@ -41,14 +41,14 @@ def register(provider: str) -> None:
     )
 
 
-def student_lm(reached: Reached, model: str) -> dspy.BaseLM:
-    """An LM that asks what was reached."""
+def student_lm(reached: Reached, model: str, **settings: Any) -> dspy.BaseLM:
+    """An LM that asks what was reached; ``settings`` are ``dspy.LM``'s."""
     return dspy.LM(
         model,
         engine=StudentEngine(reached),
         async_engine=AsyncStudentEngine(reached),
         cache=False,
-        num_retries=0,
+        **{"num_retries": 0, **settings},
     )
 
 

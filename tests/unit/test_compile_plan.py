@@ -214,8 +214,13 @@ def test_a_wrong_option_is_refused_where_it_is_given(optimizer, options, message
 
 
 def test_a_student_model_that_does_not_exist_is_refused(optimizer, tmp_path):
-    with refused("nowhere cannot be loaded: .* Expected scratch, a Hugging Face id, or a folder"):
+    with refused("nowhere cannot be loaded: .* Expected a Hugging Face id, a folder"):
         plan(optimizer(student_model=str(tmp_path / "nowhere")))
+
+
+def test_a_teacher_that_only_a_configuration_can_have_served_is_refused(optimizer):
+    with dspy.context(lm=dspy.LM("ray/org/model")), refused(r"raydistill/org/model.*lm\.launch"):
+        plan(optimizer())
 
 
 def test_a_student_model_that_is_no_language_model_is_refused(optimizer, tmp_path):
@@ -248,7 +253,7 @@ def test_no_more_examples_are_in_flight_than_num_threads(
 ):
     monkeypatch.setattr(preflight, "capacity", {"CPU": 8.0}.get)
     given = plan(optimizer(num_threads=asked, trace={"actors": actors} if actors else None))
-    trace = preflight.fitted_actors(given.trace, given.num_threads)
+    trace = preflight.fitted_actors(given.trace, in_flight=given.num_threads)
     assert (trace.min_actors, trace.max_actors) == (smallest, largest)
     in_flight = trace.max_actors * trace.concurrency
     assert (asked or 64) - largest < in_flight <= (asked or 64)

@@ -98,7 +98,7 @@ def test_a_student_answers_threads_and_loops_in_its_process(student_dir):
     )
     assert first.toDict() == second.toDict()
     assert evaluate(program).score == 100
-    assert call_usage(program.triage.lm.history[-1])[2] is None
+    assert call_usage(program.triage.lm.history[-1])[2] == 0
 
 
 def test_options_reach_the_request_and_n_answers_come_back(scripted):

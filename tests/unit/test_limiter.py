@@ -29,8 +29,8 @@ def answered(tokens=None, cost_usd=None):
     return Outcome(None, tokens, cost_usd)
 
 
-def stopped(limits, now):
-    refusal = limits.ask(now, ASK)
+def stopped(limits, now, ask=ASK):
+    refusal = limits.ask(now, ask)
     return refusal.stop if isinstance(refusal, Refusal) else None
 
 
@@ -427,3 +427,11 @@ def test_a_call_that_was_given_up_for_lost_is_paid_all_the_same():
     limits.finish(10, permit.id, answered(1, 2.0))
     assert limits.in_flight == 0
     assert stopped(limits, 10) is Stop.BUDGET
+
+
+def test_a_model_that_is_not_served_yet_stops_those_who_ask_it_and_nobody_else():
+    limits = limiter(absent="judge")
+    permitted(limits, 0.0)
+    assert stopped(limits, 0.0, Ask("judge")) is Stop.ABSENT
+    limits.begin(Bounds())
+    permitted(limits, 1.0, Ask("judge"))

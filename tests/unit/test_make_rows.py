@@ -50,12 +50,12 @@ def write_traces(job, moods):
     work = job.work()
     writer = job.store.writer()
     while unit := work.take([]):
-        said = {"mood": moods[unit.sample]} if not unit.hinted else {"mood": "good"}
+        said = {"mood": moods[unit.variant.sample]} if not unit.variant.hinted else {"mood": "good"}
         call = PredictorCall("self", {"text": unit.example.text}, said)
         name = example_id(unit.example)
         usage = Usage(1, 10, 2, 0.5)
         trace = Trace(unit.key, name, (call,), said, usage, 0.0, usages={"self": usage})
-        trace = dataclasses.replace(trace, sample=unit.sample, hinted=unit.hinted)
+        trace = dataclasses.replace(trace, sample=unit.variant.sample, hinted=unit.variant.hinted)
         writer.append([trace.to_json()])
 
 
