@@ -126,19 +126,14 @@ class Conductor:
             with self._preventable():
                 permit = await self._gate.aenter(call.ask)
             call.permitted(permit)
-            # By the loop's own clock: while the loop is held up, no request leaves.
-            sent = asyncio.get_running_loop().call_later(SENT_S, self._sent, call, permit)
             try:
                 with self._lane(lm) as timeout_s:
-                    async with asyncio.timeout(timeout_s):
-                        outputs, entries = await attempt(timeout_s)
+                    outputs, entries = await self._ain_time(call, permit, attempt, timeout_s)
             except BaseException as error:
                 await asyncio.sleep(self._failed(call, permit, error))
             else:
                 self._answered(call, permit, entries)
                 return outputs
-            finally:
-                sent.cancel()
 
     def _call(self, lm: dspy.BaseLM, requests: int) -> _Call:
         given = self._settings.max_retries
@@ -172,6 +167,18 @@ class Conductor:
         if not result.done():
             raise TimeoutError(f"no answer within {timeout_s:g} s")
         return result.result()
+
+    async def _ain_time(
+        self, call: _Call, permit: Permit, attempt: AsyncAttempt, timeout_s: float | None
+    ) -> tuple[object, list[Entry]]:
+        """The same on an event loop."""
+        # By the loop's own clock: while the loop is held up, no request leaves.
+        sent = asyncio.get_running_loop().call_later(SENT_S, self._sent, call, permit)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await attempt(timeout_s)
+        finally:
+            sent.cancel()
 
     def _sent(self, call: _Call, permit: Permit) -> None:
         # Several requests may be made one after the other.

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distill import cluster
@@ -139,7 +139,7 @@ def governing(run: str, bounds: Bounds) -> Iterator[Any]:
     name = (run, driver.get_node_id(), driver.get_job_id())
     try:
         ray.get(_lasting[name].begin.remote(bounds))
-    except (KeyError, RayError):
+    except (KeyError, RayActorError):
         # There is none yet, or none any more.
         _lasting[name] = _start(bounds)
     yield _lasting[name]

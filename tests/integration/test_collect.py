@@ -1,5 +1,6 @@
 """Collecting on real Ray actors: durable, resumable, and stopped where it should."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -19,8 +20,10 @@ from distill.programs import Task
 from distill.tracing import pool
 from distill.tracing.collect import collect
 from distill.tracing.collection import Collection
+from distill.tracing.governor import governing
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
+from distill.tracing.trace import Failure, FailureKind, Trace, Usage
 from examples.chat_prompts import read_prompt
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
 from serve.errors import BudgetExceeded, TraceStoreError, TracingError
@@ -143,9 +146,49 @@ def test_the_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path):
         budget = Limits(budget_usd=20 * trace.usage.cost_usd)
         with pytest.raises(BudgetExceeded, match="budget_usd"):
             collect(job(server, tmp_path, TEXTS, limits=budget, **priced), ignore)
-        assert len(teacher.asked) - 1 <= 20
+        assert 18 <= len(teacher.asked) - 1 <= 20
+        assert all(trace.spent.calls for trace in TraceStore(str(tmp_path)).scan())
         collect(job(server, tmp_path, TEXTS, **priced), ignore)
         assert sorted(teacher.asked[1:]) == sorted(TEXTS)
+
+
+def test_what_a_budget_prevented_does_not_make_failures_of_before_look_common(tmp_path):
+    teacher = MoodTeacher()
+    with serve_in_background(teacher) as server:
+        again = job(server, tmp_path, TEXTS, limits=Limits(max_failure_rate=0.2))
+        records = []
+        for number, key in enumerate(again.keys()):
+            failure = Failure(FailureKind.PREVENTED, "budget", "spent")
+            if number < 10:
+                failure = (
+                    Failure(FailureKind.PARSE, "AdapterParseError", "?") if not number else None
+                )
+            usage = Usage(1, 10, 2, 0.1)
+            trace = Trace(key, str(number), (), {"mood": "good"}, usage, 0.0, None, failure)
+            records.append(trace.to_json())
+        again.store.writer().append(records)
+        counted = []
+        collect(again, lambda counts, *_: counted.append(counts))
+    assert len(teacher.asked) == len(TEXTS) - 10
+    assert counted[-1].finished == len(TEXTS)
+
+
+def test_a_governor_that_is_gone_ends_the_run_and_the_next_has_another(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def doomed(run, bounds):
+        with governing(run, bounds) as governor:
+            ray.kill(governor)
+            yield governor
+
+    with serve_in_background(MoodTeacher()) as server:
+        limited = job(server, tmp_path, TEXTS, limits=Limits(requests_per_minute=10_000))
+        with monkeypatch.context() as patched:
+            patched.setattr("distill.tracing.collect.governing", doomed)
+            with pytest.raises(TracingError, match="run the same command again"):
+                collect(limited, ignore)
+        assert not list(limited.store.scan())
+        collect(limited, ignore)
+        assert len(list(limited.store.scan())) == len(TEXTS)
 
 
 def test_a_budget_for_a_teacher_without_prices_is_refused(tmp_path):
