@@ -99,7 +99,8 @@ def _resume(job: Collection, work: Work) -> Counts:
             continue
         if trace.failure:
             kind = (trace.failure.kind, trace.failure.type)
-            failures[trace.key] = alike.setdefault(kind, trace.failure)
+            if trace.key not in failures or trace.failure.is_final:
+                failures[trace.key] = alike.setdefault(kind, trace.failure)
             continue
         failures.pop(trace.key, None)
         work.finish(trace.key, outcome_of(trace, has_metric, job.threshold))
@@ -118,8 +119,7 @@ def _finish_failed(
     if not counts.finished or too_many_failed(len(failures), done, job.limits, work.total):
         return
     for key, failure in failures.items():
-        # The teacher could not be reached then; a program that raised will raise again.
-        if failure.kind is not FailureKind.TEACHER:
+        if failure.is_final:
             work.finish(key, Outcome.REJECTED)
             counts.add(failure, None)
 

@@ -1,7 +1,7 @@
 """One line of a trace store: a trace as JSON, and a checksum of it.
 
 Pure. The checksum is the line's last field, so that a line is plain JSON to every other
-tool. Lines without one were written before there was one, and are taken as they are.
+tool.
 """
 
 import json
@@ -30,10 +30,11 @@ def decode(line: bytes) -> Trace:
     """
     line = line.rstrip(b"\n")
     checksum = _CHECKSUM.search(line)
-    if checksum:
-        line = line[: checksum.start()] + b"}"
-        if zlib.crc32(line) != int(checksum[1], 16):
-            raise ValueError("its checksum is another")
+    if not checksum:
+        raise ValueError("it does not end in its checksum")
+    line = line[: checksum.start()] + b"}"
+    if zlib.crc32(line) != int(checksum[1], 16):
+        raise ValueError("its checksum is another")
     try:
         return Trace.from_json(json.loads(line))
     except (KeyError, TypeError, ValueError) as error:

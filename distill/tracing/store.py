@@ -79,8 +79,9 @@ class TraceStore:
         Raises:
             TraceStoreError: A segment is damaged elsewhere than in a torn last line.
         """
-        for _, trace in self._scan():
-            yield trace
+        with self._fetched() as store:
+            for _, trace in store._scan():
+                yield trace
 
     def read(
         self,
@@ -91,7 +92,7 @@ class TraceStore:
         """The traces of these keys, in their order.
 
         Of several records with one key a finished one counts, and of these one with a score by
-        the metric. Holds where the records lie, not the records.
+        the metric; of failures a final one. Holds where the records lie, not the records.
 
         Args:
             keys: Of the traces.
@@ -171,8 +172,10 @@ class TraceStore:
             yield self
             return
         with tempfile.TemporaryDirectory(prefix="raydistill-") as folder:
-            for segment in self._segments():
-                self._fs.get_file(segment, str(Path(folder) / segment.rsplit("/", 1)[-1]))
+            segments = self._segments()
+            copies = [str(Path(folder) / segment.rsplit("/", 1)[-1]) for segment in segments]
+            # At once: an object store is slow to answer, and has many segments.
+            self._fs.get(segments, copies)
             yield TraceStore(folder)
 
 
@@ -227,8 +230,8 @@ def _append(name: str, data: bytes) -> None:
 def _rank(trace: Trace, metric: str | None) -> int:
     """How good a record is among those with its key."""
     if trace.failure is not None:
-        return 0
-    return 2 if trace.score is not None and trace.score.metric == metric else 1
+        return int(trace.failure.is_final)
+    return 3 if trace.score is not None and trace.score.metric == metric else 2
 
 
 _REMEDIES = {

@@ -32,6 +32,11 @@ class Failure:
     type: str
     message: str
 
+    @property
+    def is_final(self) -> bool:
+        """Whether it would be the same again; the teacher may come to answer."""
+        return self.kind in (FailureKind.PARSE, FailureKind.PROGRAM)
+
 
 @dataclass(frozen=True)
 class PredictorCall:

@@ -16,13 +16,13 @@ import dspy
 import pytest
 import ray
 
+from distill.config import PriceConfig
 from distill.evaluation.evaluate import teacher_lm
 from distill.programs import Task
 from distill.tracing.collect import collect
 from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
-from distill.tracing.prices import Price
 from distill.tracing.store import TraceStore
 from examples.chat_prompts import read_prompt
 from examples.standin_teacher import TeacherRefuses, serve_in_background
@@ -351,7 +351,7 @@ def test_prometheus_reads_what_the_run_counts(tmp_path):
     labelled = texts("sunny 1", "sunny 2", "grey 1", mood="good") + texts("boom")
     program = programs.Raising()
     given = {"examples": labelled, "task": Task(program, dspy.ChatAdapter(), programs.right_mood)}
-    prices = CallSettings(prices={"openai/stand-in": Price(10.0, 20.0)})
+    prices = CallSettings(prices={"openai/stand-in": PriceConfig(input=10.0, output=20.0)})
     counted, in_flight = [], []
 
     def on_progress(counts, calls, total):

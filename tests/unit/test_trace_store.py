@@ -103,11 +103,19 @@ def test_a_changed_byte_is_never_used(tmp_path, old):
         list(store.scan())
 
 
-def test_records_of_before_there_were_checksums_are_read(tmp_path):
-    record = trace("a").to_json()
-    del record["sample"], record["hinted"]
-    (tmp_path / "old.jsonl").write_text(json.dumps(record) + "\n")
-    assert list(TraceStore(str(tmp_path)).scan()) == [trace("a")]
+def test_a_record_without_a_checksum_is_not_taken_for_a_trace(tmp_path):
+    (tmp_path / "other.jsonl").write_text(json.dumps(trace("a").to_json()) + "\n")
+    with pytest.raises(TraceStoreError, match=r"other.jsonl, line 1: is damaged .*checksum"):
+        list(TraceStore(str(tmp_path)).scan())
+
+
+def test_of_two_failures_the_one_that_is_final_counts_in_whatever_order_they_lie(tmp_path):
+    final = Failure(FailureKind.PARSE, "AdapterParseError", "no")
+    passing = Failure(FailureKind.TEACHER, "LMTimeoutError", "too slow")
+    for folder, failures in (("a", (final, passing)), ("b", (passing, final))):
+        store = TraceStore(str(tmp_path / folder))
+        store.writer().append([trace("x", failure=each).to_json() for each in failures])
+        assert [found.failure for found in store.read(["x"])] == [final]
 
 
 def test_traces_are_read_in_the_order_of_the_keys(tmp_path):
