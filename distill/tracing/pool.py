@@ -151,17 +151,19 @@ class Pool:
         quiet_s = time.monotonic() - self._since
         if self._said_of_up is up or quiet_s < (STILL_AFTER_S if up else NONE_UP_AFTER_S):
             return
+        held = [unit.example_id for worker in self.workers for unit in worker.units.values()]
+        if up and not held:
+            return
         self._said_of_up = up
         if not up:
             logger.warning("No tracing actor is up yet; the cluster may have no room to spare.")
             return
-        held = [unit.example_id for worker in self.workers for unit in worker.units.values()]
         logger.warning(
             "Nothing has finished for %.0f s. In flight: example %s and %d more. The teacher may "
             "be slow or down; what else a program waits for has no time limit.",
             quiet_s,
-            held[0] if held else "none",
-            max(len(held) - 1, 0),
+            held[0],
+            len(held) - 1,
         )
 
     def _land(self, worker: Worker) -> Landed:
