@@ -12,12 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import dspy
 
 from distill.config import TraceConfig
+from distill.tracing import callers
 from distill.tracing.gate import Gate, OpenGate
 from distill.tracing.permits import Ask, Outcome, Permit, Stop
 from distill.tracing.prices import Prices, entry_usage
@@ -148,25 +148,14 @@ class Conductor:
         """
         if timeout_s is None:
             return attempt(None)
-        result: Future[tuple[object, list[Entry]]] = Future()
         context = contextvars.copy_context()
-
-        def run() -> None:
-            try:
-                result.set_result(context.run(attempt, timeout_s))
-            except BaseException as error:
-                # Whatever it is, it is raised where the call was made.
-                result.set_exception(error)
-
-        thread = threading.Thread(target=run, name="lm-call", daemon=True)
-        thread.start()
-        thread.join(min(SENT_S, timeout_s))
-        if not result.done():
+        running = callers.start(lambda: context.run(attempt, timeout_s))
+        if not running.wait(min(SENT_S, timeout_s)):
             self._sent(call, permit)
-            thread.join(max(timeout_s - SENT_S, 0.0))
-        if not result.done():
-            raise TimeoutError(f"no answer within {timeout_s:g} s")
-        return result.result()
+            if not running.wait(timeout_s - SENT_S):
+                raise TimeoutError(f"no answer within {timeout_s:g} s")
+        result: tuple[object, list[Entry]] = running.result()
+        return result
 
     async def _ain_time(
         self, call: _Call, permit: Permit, attempt: AsyncAttempt, timeout_s: float | None
