@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from serve.dspy_lm import LmFailure
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-REFUSALS_PER_RETRY = 4
-"""A refused call has cost nothing, and the limiter learns from it: it may be tried more often."""
+LENIENCE = 4
+"""A refused call has cost nothing, and the limiter learns from it; a probe that finds the teacher
+down is the outage's failure, unless it is the call that brings the teacher down. So many of each
+are allowed for each retry."""
 _TRIED_AGAIN = (LmFailure.REFUSED, LmFailure.DOWN, LmFailure.TIMED_OUT)
 
 
@@ -32,10 +34,11 @@ class CallFailure:
 
 @dataclass(frozen=True)
 class Tries:
-    """The failed attempts of a call that count, and those that were refused."""
+    """The failed attempts of a call; refusals and failed probes are counted apart."""
 
     failed: int = 0
     refused: int = 0
+    probed: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,17 @@ def decide(
     if failed.failure not in _TRIED_AGAIN:
         return GiveUp()
     if failed.failure is LmFailure.REFUSED:
-        number, most = tries.refused, REFUSALS_PER_RETRY * max_retries
-        after = replace(tries, refused=number + 1)
+        number, most = tries.refused, LENIENCE * max_retries
+        tries = replace(tries, refused=number + 1)
+    elif failed.failure is LmFailure.DOWN and failed.probe:
+        number, most = tries.probed, LENIENCE * max_retries
+        tries = replace(tries, probed=number + 1)
     else:
         number, most = tries.failed, max_retries
-        after = replace(tries, failed=number + 1)
-    if failed.probe and failed.failure is LmFailure.DOWN:
-        # The outage's failure. A timeout may be the call's own: it takes too long.
-        after = tries
-    elif number >= most:
+        tries = replace(tries, failed=number + 1)
+    if number >= most:
         return GiveUp()
     wait_s = min(FIRST_WAIT_S * 2**number, LONGEST_WAIT_S) * (0.5 + jitter() / 2)
     # The limiter makes the call wait for the rest of what the teacher wants, if that is long.
     wait_s = max(wait_s, min(failed.retry_after_s or 0.0, LONGEST_WAIT_S))
-    return Retry(wait_s, after)
+    return Retry(wait_s, tries)

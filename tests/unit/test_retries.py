@@ -44,9 +44,13 @@ def test_refusals_are_counted_apart_from_failures_and_are_more():
     assert isinstance(decide(CallFailure(LmFailure.DOWN), tries, 3, lambda: 0.5), Retry)
 
 
-def test_a_probe_that_finds_the_teacher_down_does_not_count():
-    assert decided(LmFailure.DOWN, 3, probe=True).tries == Tries(3)
+def test_probes_that_find_the_teacher_down_are_counted_apart():
     assert decided(LmFailure.DOWN, 2).tries == Tries(3)
+    tries, probes = Tries(3), 0
+    down = CallFailure(LmFailure.DOWN, probe=True)
+    while isinstance(decision := decide(down, tries, 3, lambda: 0.5), Retry):
+        tries, probes = decision.tries, probes + 1
+    assert (tries.failed, probes) == (3, 12)
     assert isinstance(decided(LmFailure.TIMED_OUT, 3, probe=True), GiveUp)
 
 
