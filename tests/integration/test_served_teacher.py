@@ -80,11 +80,12 @@ def asking_metric(example, prediction, trace=None):
 def test_it_is_served_while_there_is_work_and_gone_after(job, said):
     first = job(samples=2)
     collect(first, ignore)
-    traces = list(first.traces())
+    spending = first.spending()
+    traces = list(first.traces(spending))
     assert len(traces) == 2 * len(TEXTS)
     right = [trace for trace in traces if trace.score and trace.score.value]
     assert len(right) > len(TEXTS)
-    paid = first.paid()["self"]
+    paid = spending.by_predictor["self"]
     assert paid.cost_usd == 0
     assert paid.prompt_tokens > 0
     assert "answers" in said[-1]

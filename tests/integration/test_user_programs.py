@@ -366,7 +366,9 @@ def test_prometheus_reads_what_the_run_counts(tmp_path):
     deadline = time.monotonic() + 60
     while (found := metrics("counted"))["examples_total",] < 4 and time.monotonic() < deadline:
         time.sleep(0.5)
-    usage = counting.paid()["judge"]
+    spending = counting.spending()
+    assert len(list(counting.records(spending))) == 4
+    usage = spending.by_predictor["judge"]
     assert found.pop(("cost_usd_total", "judge")) == pytest.approx(counts.cost_usd)
     assert found == {
         ("examples_total",): 4,
