@@ -6,18 +6,18 @@ every LM call here.
 
 import asyncio
 import contextlib
-import contextvars
+import functools
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import dspy
 
 from distill.config import TraceConfig
+from distill.tracing import threads
 from distill.tracing.gate import Gate, OpenGate
 from distill.tracing.permits import Ask, Outcome, Permit, Stop
 from distill.tracing.prices import Prices, entry_usage
@@ -148,24 +148,11 @@ class Conductor:
         """
         if timeout_s is None:
             return attempt(None)
-        result: Future[tuple[object, list[Entry]]] = Future()
-        context = contextvars.copy_context()
-
-        def run() -> None:
-            try:
-                result.set_result(context.run(attempt, timeout_s))
-            except BaseException as error:
-                # Whatever it is, it is raised where the call was made.
-                result.set_exception(error)
-
-        thread = threading.Thread(target=run, name="lm-call", daemon=True)
-        thread.start()
-        thread.join(min(SENT_S, timeout_s))
-        if not result.done():
+        result = threads.start(functools.partial(attempt, timeout_s))
+        if not threads.has_ended(result, min(SENT_S, timeout_s)):
             self._sent(call, permit)
-            thread.join(max(timeout_s - SENT_S, 0.0))
-        if not result.done():
-            raise TimeoutError(f"no answer within {timeout_s:g} s")
+            if not threads.has_ended(result, max(timeout_s - SENT_S, 0.0)):
+                raise TimeoutError(f"no answer within {timeout_s:g} s")
         return result.result()
 
     async def _ain_time(
