@@ -132,7 +132,7 @@ class Gate:
         self._tell(is_urgent=True)
 
     def _request(self, ask: Ask) -> "Permit | Future[Permit]":
-        future: Future[Permit] = Future()
+        found: Permit | Future[Permit]
         with self._lock:
             if self._refusal is not None:
                 raise _prevented(self._refusal)
@@ -140,13 +140,14 @@ class Gate:
                 self._thread.start()
             is_free = ask.model in self._free
             if is_free:
-                permit = Permit(next(self._numbers), self._free[ask.model])
-                self._begun.append((permit.id, ask))
+                found = Permit(next(self._numbers), self._free[ask.model])
+                self._begun.append((found.id, ask))
                 self._in_flight += 1
             else:
-                self._waiting.append((ask, future))
+                found = Future()
+                self._waiting.append((ask, found))
         self._tell(is_urgent=not is_free)
-        return permit if is_free else future
+        return found
 
     def _tell(self, is_urgent: bool) -> None:
         self._news.set()
