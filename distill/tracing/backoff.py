@@ -15,13 +15,17 @@ from serve.dspy_lm import LmFailure
 
 POLL_S = 0.05
 OUTAGE_AFTER = 5
-"""Calls in a row without any reply, after which the teacher is taken to be down."""
+"""Calls in a row that nobody answered, after which the teacher is taken to be down."""
 OUTAGE_LIMIT_S = 900.0
 MAX_PROBE_S = 60.0
 GAIN = 0.05
 """Growth of the calls in flight while as many of them succeed as there are."""
 TIMEOUTS_SEEN, TIMEOUTS_BAD = 50, 5
 """So many timeouts among the latest calls mean too many in flight; fewer, a bad connection."""
+
+
+_WISHES = (LmFailure.REFUSED, LmFailure.DOWN, LmFailure.BROKEN)
+"""Failures with which the teacher may say when it wants to be asked again."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Backoff:
         failure, paused_s = outcome.failure, 0.0
         if failure is LmFailure.ABANDONED:
             return paused_s
-        if outcome.retry_after_s is not None and failure in (LmFailure.REFUSED, LmFailure.DOWN):
+        if outcome.retry_after_s is not None and failure in _WISHES:
             until = now + outcome.retry_after_s
             paused_s = max(until - max(self._paused_until, now), 0.0)
             self._paused_until = max(self._paused_until, until)
@@ -105,8 +109,8 @@ class Backoff:
             self._cut(now, since)
         elif failure is None and 2 * self.in_flight >= self._cap:
             self._cap += max(GAIN, 1 / self._cap)
-        if failure in (LmFailure.DOWN, LmFailure.TIMED_OUT):
-            self._no_reply(now, probe)
+        if failure in (LmFailure.DOWN, LmFailure.BROKEN, LmFailure.TIMED_OUT):
+            self._no_answer(now, probe)
         else:
             self._silent = 0
             self._outage = None
@@ -119,7 +123,7 @@ class Backoff:
             self._cut_at = now
         self._timeouts.clear()
 
-    def _no_reply(self, now: float, probe: bool) -> None:
+    def _no_answer(self, now: float, probe: bool) -> None:
         self._silent += 1
         if self._outage is None:
             if self._silent >= OUTAGE_AFTER:

@@ -31,6 +31,7 @@ from serve.dspy_lm import (
     is_cached,
     lm_failure,
     own_timeout_s,
+    retries_of,
     retry_after_s,
 )
 from serve.errors import CallPrevented
@@ -137,7 +138,7 @@ class Conductor:
 
     def _call(self, lm: dspy.BaseLM, requests: int) -> _Call:
         given = self._settings.max_retries
-        return _Call(lm, Ask(lm.model, requests), lm.max_retries if given is None else given)
+        return _Call(lm, Ask(lm.model, requests), retries_of(lm) if given is None else given)
 
     def _in_time(
         self, call: _Call, permit: Permit, attempt: Attempt, timeout_s: float | None
@@ -175,13 +176,17 @@ class Conductor:
             self._gate.sent(permit)
 
     def _answered(self, call: _Call, permit: Permit, entries: list[Entry]) -> None:
-        cached, prices = is_cached(call.lm), self._settings.prices
-        usages = [entry_usage(entry, prices, cached) for entry in entries]
-        tokens = _sum([n for each in usages for n in (each.prompt_tokens, each.completion_tokens)])
-        cost_usd = _sum([each.cost_usd for each in usages])
-        self._gate.leave(
-            permit, Outcome(tokens=None if tokens is None else int(tokens), cost_usd=cost_usd)
-        )
+        outcome, cached = Outcome(), is_cached(call.lm)
+        try:
+            usages = [entry_usage(entry, self._settings.prices, cached) for entry in entries]
+            tokens = _sum(
+                [n for each in usages for n in (each.prompt_tokens, each.completion_tokens)]
+            )
+            cost_usd = _sum([each.cost_usd for each in usages])
+            outcome = Outcome(tokens=None if tokens is None else int(tokens), cost_usd=cost_usd)
+        finally:
+            # An LM of the user's own may tell what cannot be counted.
+            self._gate.leave(permit, outcome)
         for each in usages:
             self._record(each)
 
@@ -241,6 +246,7 @@ class Conductor:
 
 _WITHOUT_RETRIES = {
     LmFailure.DOWN: LmFailure.OTHER,
+    LmFailure.BROKEN: LmFailure.OTHER,
     LmFailure.TIMED_OUT: LmFailure.ABANDONED,
 }
 """What the limiter is told of calls that are made once."""

@@ -245,6 +245,9 @@ class Limiter:
             self.refusal = self.refusal or Refusal(Stop.HOPELESS, outcome.said)
         if failure is not None:
             return
+        if outcome.tokens == 0:
+            # From DSPy's cache: it says nothing about what the next one takes.
+            return
         model = self._models[call.ask.model]
         model.answered += 1
         model.tokens = max(outcome.tokens or 0, FADE * model.tokens)

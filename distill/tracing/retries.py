@@ -14,7 +14,7 @@ LENIENCE = 4
 """A refused call has cost nothing, and the limiter learns from it; a probe that finds the teacher
 down is the outage's failure, unless it is the call that brings the teacher down. So many of each
 are allowed for each retry."""
-_TRIED_AGAIN = (LmFailure.REFUSED, LmFailure.DOWN, LmFailure.TIMED_OUT)
+_TRIED_AGAIN = (LmFailure.REFUSED, LmFailure.DOWN, LmFailure.BROKEN, LmFailure.TIMED_OUT)
 
 
 @dataclass(frozen=True)

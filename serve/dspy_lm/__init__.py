@@ -25,6 +25,7 @@ from serve.dspy_lm.governed import (
     governed,
     is_cached,
     own_timeout_s,
+    retries_of,
 )
 from serve.engines.base import Complete
 from serve.errors import ConfigurationError
@@ -55,6 +56,7 @@ __all__ = [
     "model_name",
     "own_timeout_s",
     "register",
+    "retries_of",
     "retry_after_s",
     "served_lm",
     "student_adapter",

@@ -31,11 +31,9 @@ _REFUSED = frozenset({"LMRateLimitError", "RateLimitError"})
 _TIMED_OUT = frozenset({"LMTimeoutError", "APITimeoutError", "Timeout", "TimeoutError"})
 _DOWN = frozenset(
     {
-        "LMServerError",
         "LMTransportError",
         "LMLockTimeoutError",
         "APIConnectionError",
-        "InternalServerError",
         "ServiceUnavailableError",
         "BadGatewayError",
         "ConnectionError",
@@ -43,6 +41,7 @@ _DOWN = frozenset(
         "TransportError",
     }
 )
+_BROKEN = frozenset({"LMServerError", "InternalServerError"})
 
 
 class LmFailure(StrEnum):
@@ -52,7 +51,9 @@ class LmFailure(StrEnum):
     """Too many requests: later."""
     TIMED_OUT = "timed_out"
     DOWN = "down"
-    """No connection, or the server's own error."""
+    """No connection, or nobody behind it."""
+    BROKEN = "broken"
+    """The server's own error; perhaps of this call alone."""
     HOPELESS = "hopeless"
     """The key, the bill or the model."""
     ABANDONED = "abandoned"
@@ -74,8 +75,10 @@ def lm_failure(error: BaseException) -> LmFailure:
         return LmFailure.REFUSED
     if names & _TIMED_OUT or status in (408, 504):
         return LmFailure.TIMED_OUT
-    if names & _DOWN or (isinstance(status, int) and status >= 500):
+    if names & _DOWN or status in (502, 503):
         return LmFailure.DOWN
+    if names & _BROKEN or (isinstance(status, int) and status >= 500):
+        return LmFailure.BROKEN
     return LmFailure.OTHER
 
 

@@ -7,6 +7,7 @@ say.
 
 import contextlib
 import contextvars
+import copy
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
@@ -44,10 +45,12 @@ def governed(lm: dspy.BaseLM, conductor: Conductor) -> dspy.BaseLM:
     """
     if isinstance(lm, _Governed):
         return lm
-    twin = lm.copy()
-    twin.max_retries = max(int(getattr(lm, "num_retries", 0) or 0), 0)
+    # Not lm.copy(), which in DSPy 3.1 wants to copy clients and locks as well.
+    twin: Any = copy.copy(lm)
+    twin.kwargs, twin.callbacks = dict(lm.kwargs), list(getattr(lm, "callbacks", None) or [])
+    twin.history = []
     twin.num_retries = 0
-    twin.conductor, twin.rollouts = _Shared(conductor), _Rollouts()
+    twin._raydistill = _Control(conductor, max(int(getattr(lm, "num_retries", 0) or 0), 0))
     twin.__class__ = _class_of(type(lm))
     return twin
 
@@ -55,6 +58,12 @@ def governed(lm: dspy.BaseLM, conductor: Conductor) -> dspy.BaseLM:
 def is_cached(lm: dspy.BaseLM) -> bool:
     """Whether DSPy may answer a call from its own cache, which costs nothing."""
     return isinstance(lm, dspy.LM) and bool(lm.cache)
+
+
+def retries_of(lm: dspy.BaseLM) -> int:
+    """How often a governed LM would have tried a failed call again by itself."""
+    control: _Control = lm._raydistill
+    return control.max_retries
 
 
 def own_timeout_s(lm: dspy.BaseLM) -> Any:
@@ -69,61 +78,62 @@ ROLLOUT_TEMPERATURE = 1.0
 """Of runs after the first, where the LM's own is 0: they would all be the same."""
 
 
-class _Rollouts(dict[int, Any]):
-    """The copies of an LM that ask for other runs; a copy of the LM has its own."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Rollouts":
-        return _Rollouts()
+MAX_OWN_ROLLOUTS = 1_000_000
+"""Numbers that a program may give to runs of its own."""
 
 
-def _of_rollout(lm: Any) -> Any:
-    """The LM, or its copy for the run under way, which DSPy's cache tells from the others."""
+def _rollout(lm: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the call is asked with besides, so that it is one of the run under way."""
     number = dspy.settings.get(ROLLOUT)
-    if not number:
-        return lm
-    if number not in lm.rollouts:
-        temperature = lm.kwargs.get("temperature") or ROLLOUT_TEMPERATURE
-        lm.rollouts[number] = lm.copy(rollout_id=number, temperature=temperature)
-    return lm.rollouts[number]
+    if not number or "request" in kwargs:
+        return {}
+
+    def given(name: str) -> Any:
+        return kwargs.get(name, lm.kwargs.get(name))
+
+    options = {"temperature": given("temperature") or ROLLOUT_TEMPERATURE}
+    # DSPy's own word, for its cache; a program that asks several times has its own numbers.
+    if isinstance(lm, dspy.LM):
+        options["rollout_id"] = number * MAX_OWN_ROLLOUTS + (given("rollout_id") or 0)
+    return options
 
 
-class _Shared:
-    """A conductor; copies of an LM, deep ones too, have the same."""
+class _Control:
+    """What makes an LM a governed one; its copies, deep ones too, have the same."""
 
-    def __init__(self, conductor: Conductor) -> None:
-        self.conductor = conductor
+    def __init__(self, conductor: Conductor, max_retries: int) -> None:
+        self.conductor, self.max_retries = conductor, max_retries
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Control":
         return self
 
 
 class _Governed:
     """Mixed into an LM's own class; see ``governed``."""
 
-    conductor: _Shared
-    rollouts: _Rollouts
+    _raydistill: _Control
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        lm = _of_rollout(self)
+        kwargs = {**kwargs, **_rollout(self, kwargs)}
 
         def attempt(timeout_s: float | None) -> tuple[Any, list[Entry]]:
             with _recording() as entries:
-                options = _timeout(lm, args, kwargs, timeout_s)
-                once: Any = super(_Governed, lm)
+                options = _timeout(self, args, kwargs, timeout_s)
+                once: Any = super(_Governed, self)
                 return once.__call__(*args, **kwargs, **options), entries
 
-        return self.conductor.conductor.conduct(lm, _requests(lm, kwargs), attempt)
+        return self._raydistill.conductor.conduct(self, _requests(self, kwargs), attempt)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        lm = _of_rollout(self)
+        kwargs = {**kwargs, **_rollout(self, kwargs)}
 
         async def attempt(timeout_s: float | None) -> tuple[Any, list[Entry]]:
             with _recording() as entries:
-                options = _timeout(lm, args, kwargs, timeout_s)
-                once: Any = super(_Governed, lm)
+                options = _timeout(self, args, kwargs, timeout_s)
+                once: Any = super(_Governed, self)
                 return await once.acall(*args, **kwargs, **options), entries
 
-        return await self.conductor.conductor.aconduct(lm, _requests(lm, kwargs), attempt)
+        return await self._raydistill.conductor.aconduct(self, _requests(self, kwargs), attempt)
 
     def update_history(self, entry: Entry) -> None:
         entries = _entries.get()

@@ -1,6 +1,7 @@
 """Governed LMs: every call of any LM is conducted, timed, tried again and counted."""
 
 import asyncio
+import threading
 import time
 
 import dspy
@@ -91,7 +92,7 @@ def ended(gate):
 def test_what_may_pass_is_tried_again_and_each_attempt_is_asked_for(calling, asynchronous):
     outputs, gate, usages, errors = calling(Script(500, 429, 503), asynchronous)
     assert outputs == ["an answer of some length"]
-    assert ended(gate) == [LmFailure.DOWN, LmFailure.REFUSED, LmFailure.DOWN, None]
+    assert ended(gate) == [LmFailure.BROKEN, LmFailure.REFUSED, LmFailure.DOWN, None]
     assert gate.outcomes[1].retry_after_s == 0.01
     assert len(usages) == 1
     assert usages[0].cost_usd > 0
@@ -196,8 +197,7 @@ def test_a_request_has_left_once_its_call_has_run_for_a_while(calling, monkeypat
 
 def test_an_event_loop_that_is_held_up_sends_nothing_meanwhile(monkeypatch):
     monkeypatch.setattr("distill.tracing.conductor.SENT_S", 0.01)
-    gate, lm = Watching(), dspy.LM(MODEL, cache=False)
-    lm.max_retries = 0
+    gate, lm = Watching(), governed(dspy.LM(MODEL, cache=False), None)
 
     async def attempt(timeout_s):
         time.sleep(0.1)
@@ -210,7 +210,7 @@ def test_an_event_loop_that_is_held_up_sends_nothing_meanwhile(monkeypatch):
 
 
 def test_a_call_that_is_cancelled_is_told(monkeypatch):
-    gate, lm = Watching(), dspy.LM(MODEL, cache=False)
+    gate, lm = Watching(), governed(dspy.LM(MODEL, cache=False), None)
     lm.max_retries = 3
 
     async def attempt(timeout_s):
@@ -223,14 +223,33 @@ def test_a_call_that_is_cancelled_is_told(monkeypatch):
 
 
 def test_tokens_that_are_not_told_are_unknown_and_not_none_at_all():
-    gate, lm = Watching(), dspy.LM(MODEL, cache=False)
-    lm.max_retries = 0
+    gate, lm = Watching(), governed(dspy.LM(MODEL, cache=False), None)
     conductor = Conductor(gate, CallSettings(5.0), [].append, [].append)
     counted = {"model": MODEL, "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "cost": 0.5}
     for entries in ([counted], [counted, counted], [counted, {"model": MODEL}], []):
         conductor.conduct(lm, 1, lambda timeout_s, entries=entries: (None, entries))
     taken = [(outcome.tokens, outcome.cost_usd) for outcome in gate.outcomes]
     assert taken == [(7, 0.5), (14, 1.0), (None, None), (None, None)]
+
+
+def test_a_call_whose_usage_cannot_be_read_is_over_all_the_same():
+    gate, lm = Watching(), governed(dspy.LM(MODEL, cache=False), None)
+    conductor = Conductor(gate, CallSettings(5.0), [].append, [].append)
+    told = {"model": MODEL, "usage": {"prompt_tokens": "three", "completion_tokens": 4}}
+    with pytest.raises(TypeError):
+        conductor.conduct(lm, 1, lambda timeout_s: (None, [told]))
+    assert [(outcome.failure, outcome.tokens) for outcome in gate.outcomes] == [(None, None)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_governed_lm_keeps_its_clients_and_its_own_settings():
+    lm = Custom(threading.Lock())
+    lm.max_retries = 5
+    twin = governed(lm, None)
+    assert twin.does is lm.does
+    assert twin.max_retries == 5
+    twin.kwargs["temperature"] = 0.7
+    assert "temperature" not in lm.kwargs or lm.kwargs["temperature"] != 0.7
 
 
 def test_a_choice_is_a_request(calling):
@@ -241,7 +260,7 @@ def test_a_choice_is_a_request(calling):
 @pytest.mark.parametrize("own", [{}, {"timeout": 3}, {"timeout": 60}])
 def test_more_calls_in_flight_than_one_client_can_hold_go_through_several(own):
     conductor = Conductor(OpenGate(), CallSettings(5.0), [].append, [].append)
-    seen, lm = [], dspy.LM(MODEL, cache=False, **own)
+    seen, lm = [], governed(dspy.LM(MODEL, cache=False, **own), None)
 
     async def attempt(timeout_s):
         seen.append(timeout_s)

@@ -420,6 +420,13 @@ def test_another_job_has_its_own_budget_and_the_same_minute():
     permitted(limits, 62)
 
 
+def test_an_answer_from_dspys_cache_says_nothing_of_what_the_next_call_takes():
+    limits = limiter(tokens_per_minute=1_000)
+    limits.finish(0, permitted(limits, 0).id, answered(0, 0.0))
+    permitted(limits, 1)
+    assert isinstance(limits.ask(1, ASK), Wait)
+
+
 def test_a_call_that_was_given_up_for_lost_is_paid_all_the_same():
     limits = limiter(budget_usd=1.0)
     permit = permitted(limits, 0)

@@ -93,6 +93,8 @@ def error(name, *bases, **attributes):
         (TimeoutError(), LmFailure.TIMED_OUT),
         (error("LMServerError", status=503), LmFailure.DOWN),
         (error("APIError", status_code=502), LmFailure.DOWN),
+        (error("LMServerError", status=500), LmFailure.BROKEN),
+        (error("InternalServerError"), LmFailure.BROKEN),
         (error("LMTransportError"), LmFailure.DOWN),
         (ConnectionResetError(), LmFailure.DOWN),
         (error("LMAuthError", status=401), LmFailure.HOPELESS),

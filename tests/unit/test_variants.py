@@ -11,6 +11,7 @@ from distill.programs import Task
 from distill.tracing.trace import UNNAMED
 from distill.tracing.tracer import Tracer
 from distill.tracing.variants import Variant
+from examples.standin_teacher import StandInTeacher, serve_in_background
 from tests import programs
 
 pytestmark = [
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+GOOD = "[[ ## mood ## ]]\ngood\n\n[[ ## completed ## ]]"
 EXAMPLE = dspy.Example(text="sun", mood="good").with_inputs("text")
 
 
@@ -36,8 +38,7 @@ class Asked(dspy.BaseLM):
 
     def forward(self, prompt=None, messages=None, **kwargs):
         self.calls.append({**self.kwargs, **kwargs, "system": messages[0]["content"]})
-        text = "[[ ## mood ## ]]\ngood\n\n[[ ## completed ## ]]"
-        message = SimpleNamespace(content=text, tool_calls=None)
+        message = SimpleNamespace(content=GOOD, tool_calls=None)
         choice = SimpleNamespace(message=message, finish_reason="stop")
         return SimpleNamespace(choices=[choice], usage={"prompt_tokens": 7}, model=self.model)
 
@@ -64,12 +65,51 @@ def run(program, lm, variant):
     return trace
 
 
-def test_every_call_of_a_sample_has_its_rollout_and_a_temperature():
+def test_every_call_of_a_sample_has_a_temperature_and_only_dspys_own_lm_a_rollout():
     lm = Asked([], temperature=0.0)
     trace = run(Asking(lm), lm, Variant(sample=2))
-    assert [(call["rollout_id"], call["temperature"]) for call in lm.calls] == 3 * [(2, 1.0)]
+    assert [call["temperature"] for call in lm.calls] == 3 * [1.0]
+    assert not any("rollout_id" in call for call in lm.calls)
     assert trace.sample == 2
     assert trace.usages.keys() == {"judge", "other", UNNAMED}
+
+
+class Copying(dspy.Module):
+    """Asks as DSPy's own BestOfN does: with copies of the LM, each a rollout."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = dspy.Predict(programs.Sentiment)
+
+    def forward(self, text):
+        for number in (1, 2):
+            with dspy.context(lm=dspy.settings.lm.copy(rollout_id=number, model="openai/other")):
+                self.judge(text=text)
+        return self.judge(text=text)
+
+
+@pytest.mark.parametrize("sample", [0, 1, 2])
+def test_a_programs_own_rollouts_stay_apart_in_every_sample(sample):
+    with serve_in_background(StandInTeacher(lambda messages: GOOD)) as server:
+        asked = []
+        given = {"api_base": server.api_base, "api_key": "none", "cache": False}
+        lm = dspy.LM("openai/x", temperature=0.0, **given)
+        plain = type(lm).forward
+
+        class Watched(dspy.LM):
+            def forward(self, prompt=None, messages=None, **kwargs):
+                options = {**self.kwargs, **kwargs}
+                asked.append((self.model, options.get("rollout_id"), options["temperature"]))
+                return plain(self, prompt=prompt, messages=messages, **kwargs)
+
+        lm.__class__ = Watched
+        run(Copying(), lm, Variant(sample=sample))
+    first, temperature = 1_000_000 * sample, 1.0 if sample else 0.0
+    assert asked == [
+        ("openai/other", first + 1, temperature),
+        ("openai/other", first + 2, temperature),
+        ("openai/x", first or None, temperature),
+    ]
 
 
 def test_a_sample_keeps_the_temperature_that_its_lm_has():
