@@ -72,7 +72,7 @@ class Task:
             object.__setattr__(self, "metric_identity", code_fingerprint(self.metric))
 
     def dumps(self) -> bytes:
-        """The task as bytes that another process can load, without API keys.
+        """The task as bytes, without API keys, for ``secrets.loads`` in another process.
 
         Raises:
             ConfigurationError: It holds something that cannot be carried; the message

@@ -1,17 +1,16 @@
 """Keeps API keys out of what is pickled, logged and stored.
 
-An object goes into a pickle with the name of an environment variable in the place of each of
-its keys. ``dumps`` sets the variable here; whoever loads the pickle elsewhere is handed
-``variables`` first. ``scrubbed`` takes the keys out of a text.
+A text goes into a pickle with the name of an environment variable in the place of each key that
+it holds, whoever holds the text. ``dumps`` sets the variables here; whoever calls ``loads``
+elsewhere is handed ``variables`` first. ``scrubbed`` takes the keys out of a text.
 """
 
 import hashlib
 import io
 import os
+import pickle
 import re
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import cloudpickle
@@ -25,25 +24,35 @@ MIN_CHARS = 8
 _VARIABLE = re.compile(r"RAYDISTILL_[0-9A-F]{16}_KEY")
 
 
-@dataclass(frozen=True)
-class _Sealed:
-    """Stands in a pickle for the value of an environment variable."""
-
-    variable: str
-
-
 def dumps(value: Any) -> bytes:
-    """Pickle a value that may hold LMs and other things with keys.
+    """Pickle a value as cloudpickle does, without keys; LMs go without their history.
 
-    Keys are an LM's settings that are named like one, whatever holds them, and the attributes
-    of any object that are named like one and have an environment variable's value.
+    Keys are the values of environment variables and of settings of the LMs in it, where those
+    are named like keys.
 
     Raises:
         Exception: Something in it cannot be pickled.
     """
-    with io.BytesIO() as file:
-        _Pickler(file).dump(value)
-        return file.getvalue()
+    keys = set(_in_environment().values())
+    while True:
+        with io.BytesIO() as file:
+            pickler = _Pickler(file, keys)
+            pickler.dump(value)
+            payload = file.getvalue()
+        if pickler.found <= keys:
+            return payload
+        # A key may have been written before the LM was met whose key it is.
+        keys |= pickler.found
+
+
+def loads(payload: bytes) -> Any:
+    """Load what ``dumps`` wrote.
+
+    Raises:
+        ConfigurationError: This process lacks one of the variables that it needs.
+        Exception: Something in it cannot be loaded.
+    """
+    return _Unpickler(io.BytesIO(payload)).load()
 
 
 def variables() -> dict[str, str]:
@@ -53,88 +62,96 @@ def variables() -> dict[str, str]:
 
 def scrubbed(text: str) -> str:
     """The text without the values of environment variables that are named like keys."""
-    for name, value in os.environ.items():
-        if len(value) >= MIN_CHARS and SECRET_KEY.search(name):
-            text = text.replace(value, "***")
-    return text
+    return _any_of(set(_in_environment().values())).sub("***", text)
 
 
 class _Pickler(cloudpickle.CloudPickler):
-    def reducer_override(self, thing: Any) -> Any:
+    """Writes these keys as variables, and collects the keys of the LMs that it meets."""
+
+    def __init__(self, file: io.BytesIO, keys: set[str]) -> None:
+        super().__init__(file)
+        self.found: set[str] = set()
+        self._key = _any_of(keys)
+        self._histories: dict[int, list[Any]] = {}
+
+    def persistent_id(self, thing: Any) -> tuple[str, ...] | None:
+        kind = type(thing)
+        if kind is str:
+            return self._sealed("str", thing)
+        if kind is bytes:
+            return self._sealed("bytes", thing.decode("latin-1"))
+        # What was asked before is nobody's business elsewhere, and is large.
+        if id(thing) in self._histories:
+            return ("list",)
         if isinstance(thing, dspy.BaseLM):
-            return _reduced(thing, _sealed_lm)
-        if _keys_of(thing):
-            return _reduced(thing, _sealed_attributes)
-        return super().reducer_override(thing)
+            settings = dict(vars(thing))
+            history = settings.pop("history", None)
+            if isinstance(history, list):
+                self._histories[id(history)] = history
+            self.found.update(_keys_in(settings))
+        return None
+
+    def _sealed(self, kind: str, text: str) -> tuple[str, ...] | None:
+        """The text in parts, each second one the variable of a key; None without keys."""
+        parts = self._key.split(text)
+        if len(parts) == 1:
+            return None
+        parts[1::2] = map(_seal, parts[1::2])
+        return kind, *parts
 
 
-def _reduced(thing: Any, sealed: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """How the thing is pickled, with its state sealed."""
-    reduced: Any = thing.__reduce_ex__(4)
-    if isinstance(reduced, str) or len(reduced) < 3 or not isinstance(reduced[2], dict):
-        return reduced
-    function, arguments, state, *items = reduced[:5]
-    items += [None] * (2 - len(items))
-    return function, arguments, sealed(state), *items, _restore
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *parts = pid
+        if kind == "list":
+            return []
+        parts[1::2] = map(_opened, parts[1::2])
+        text = "".join(parts)
+        return text.encode("latin-1") if kind == "bytes" else text
 
 
-def _restore(thing: Any, state: dict[str, Any]) -> None:
-    opened = {name: _opened(value) for name, value in state.items()}
-    if hasattr(thing, "__setstate__"):
-        thing.__setstate__(opened)
-    else:
-        vars(thing).update(opened)
-
-
-def _sealed_lm(state: Mapping[str, Any]) -> dict[str, Any]:
-    # What was asked before is nobody's business elsewhere, and is large.
-    found = {name: [] if name == "history" else value for name, value in state.items()}
-    return {name: _sealed(name, value) for name, value in found.items()}
-
-
-def _sealed(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {inner: _sealed(str(inner), each) for inner, each in value.items()}
-    return _seal(value) if value and isinstance(value, str) and SECRET_KEY.search(name) else value
-
-
-def _sealed_attributes(state: Mapping[str, Any]) -> dict[str, Any]:
-    keys = _keys_in(state)
-    return {name: _seal(value) if name in keys else value for name, value in state.items()}
-
-
-def _keys_of(thing: Any) -> set[str]:
-    state = getattr(thing, "__dict__", None)
-    # A function or a class is pickled as code, by cloudpickle alone.
-    is_code = isinstance(thing, type | types.FunctionType)
-    return _keys_in(state) if isinstance(state, dict) and not is_code else set()
-
-
-def _keys_in(state: Mapping[str, Any]) -> set[str]:
-    named = {
+def _in_environment() -> dict[str, str]:
+    """The environment variables that hold a key."""
+    return {
         name: value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, str) and SECRET_KEY.search(name)
+        for name, value in os.environ.items()
+        if len(value) >= MIN_CHARS and SECRET_KEY.search(name)
     }
-    known = set(os.environ.values()) if named else set()
-    return {name for name, value in named.items() if len(value) >= MIN_CHARS and value in known}
 
 
-def _seal(value: str) -> _Sealed:
+def _keys_in(settings: dict[str, Any]) -> Iterator[str]:
+    """The values that are named like keys, also inside of others."""
+    pending: list[Any] = [settings]
+    seen: set[int] = set()
+    while pending:
+        holder = pending.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(value, dict | list | tuple):
+                pending.append(value)
+            elif isinstance(value, str) and len(value) >= MIN_CHARS:
+                yield from [value] if SECRET_KEY.search(str(name)) else []
+
+
+def _any_of(keys: set[str]) -> re.Pattern[str]:
+    # The longest first: a key may begin as another one does.
+    longest_first = sorted(keys, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def _seal(key: str) -> str:
     # A hash tells nobody the key, and gives equal keys one name.
-    variable = f"RAYDISTILL_{hashlib.sha256(value.encode()).hexdigest()[:16].upper()}_KEY"
-    os.environ[variable] = value
-    return _Sealed(variable)
+    variable = f"RAYDISTILL_{hashlib.sha256(key.encode()).hexdigest()[:16].upper()}_KEY"
+    os.environ[variable] = key
+    return variable
 
 
-def _opened(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _opened(inner) for name, inner in value.items()}
-    if not isinstance(value, _Sealed):
-        return value
-    if value.variable not in os.environ:
+def _opened(variable: str) -> str:
+    if variable not in os.environ:
         raise ConfigurationError(
-            f"An API key was left out of a pickle, and {value.variable}, which should hold it, is "
+            f"An API key was left out of a pickle, and {variable}, which should hold it, is "
             "not set in this process. Load it in the process that made it, or hand the key over."
         )
-    return os.environ[value.variable]
+    return os.environ[variable]

@@ -6,6 +6,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import dspy
+
 from distill import secrets
 
 MAX_DEPTH = 12
@@ -56,4 +58,20 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         around = inspect.getclosurevars(value)
         yield from ((f" (uses {name})", each) for name, each in around.nonlocals.items())
         yield from ((f" (uses {name})", each) for name, each in around.globals.items())
-    yield from ((f".{name}", each) for name, each in getattr(value, "__dict__", {}).items())
+    yield from ((f".{name}", each) for name, each in _attributes(value).items())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes that are pickled; a class may leave some of its own out."""
+    attributes = getattr(value, "__dict__", {})
+    try:
+        reduced = value.__reduce_ex__(4)
+    # A class's own code, which may be what keeps it from being pickled.
+    except Exception:
+        return dict(attributes)
+    if isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict):
+        # Pydantic's state has the attributes one level down.
+        attributes = {**reduced[2], **reduced[2].get("__dict__", {})}
+        attributes.pop("__dict__", None)
+    left_out = {"history"} if isinstance(value, dspy.BaseLM) else ()
+    return {name: each for name, each in attributes.items() if name not in left_out}

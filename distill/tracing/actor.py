@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cloudpickle
 import dspy
 import ray
 
+from distill import secrets
 from distill.programs import Task
 from distill.tracing.conductor import CallSettings
 from distill.tracing.governor import gate_to
@@ -142,7 +142,7 @@ class TraceActor:
         # Not in __init__, which runs outside the event loop that an LM may need, and whose
         # errors Ray takes for the actor's death.
         os.environ.update(environment)
-        self._job: Assignment = cloudpickle.loads(self._payload)
+        self._job: Assignment = secrets.loads(self._payload)
         self._slots = asyncio.Semaphore(self._job.concurrency)
         store = TraceStore(self._job.store)
         if not store.sees(self._job.beacon):
@@ -152,7 +152,7 @@ class TraceActor:
                 "such as s3://bucket/runs."
             )
         self._writer = store.writer()
-        task: Task = cloudpickle.loads(self._job.task)
+        task: Task = secrets.loads(self._job.task)
         if task.setup is not None:
             await set_up(task.program, task.setup)
         self._has_metric = task.metric is not None

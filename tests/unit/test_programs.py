@@ -6,8 +6,10 @@ import functools
 import re
 import sys
 import threading
+from typing import Any
 
 import dspy
+import pydantic
 import pytest
 
 from distill.fingerprints import code_of
@@ -67,6 +69,17 @@ class Holder:
         return query
 
 
+class Dropping(Holder):
+    """Leaves its lock out of pickles."""
+
+    def __getstate__(self):
+        return {name: each for name, each in vars(self).items() if name != "lock"}
+
+
+class Model(pydantic.BaseModel):
+    client: Any
+
+
 def find_with(client):
     return lambda query: (client, query)
 
@@ -79,6 +92,8 @@ LOCK = threading.Lock()
     [
         (Holder(client=LOCK), "program.held.client: _thread.lock"),
         ({"a": [1, Holder(client=LOCK)]}, "program.held['a'][1].client: _thread.lock"),
+        (Dropping(lock=LOCK, client=LOCK), "program.held.client: _thread.lock"),
+        (Model(client=LOCK), "program.held.client: _thread.lock"),
         (Holder(client=LOCK).search, "program.held.__self__.client: _thread.lock"),
         (find_with(LOCK), "program.held (uses client): _thread.lock"),
         (functools.partial(print, LOCK), "program.held[0]: _thread.lock"),
@@ -92,6 +107,17 @@ def test_the_innermost_part_that_cannot_be_sent_is_named_with_the_way_to_it(held
     with pytest.raises(ConfigurationError) as caught:
         task(program).dumps()
     assert str(caught.value).startswith(f"{named} cannot be sent to Ray's workers")
+
+
+def test_an_lms_history_is_not_what_cannot_be_sent():
+    lm = dspy.LM("openai/x")
+    lm.history.append(LOCK)
+    program = programs.TwoSteps()
+    program.set_lm(lm)
+    task(program).dumps()
+    lm.client = LOCK
+    with pytest.raises(ConfigurationError, match=r"lm\.client: _thread\.lock"):
+        task(program).dumps()
 
 
 def test_what_a_hook_a_metric_or_a_setting_holds_is_named_as_well():
