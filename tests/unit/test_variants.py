@@ -1,8 +1,6 @@
 """The ways in which a program is run besides the plain one: samples and hints."""
 
 import asyncio
-import copy
-from types import SimpleNamespace
 
 import dspy
 import pytest
@@ -12,6 +10,7 @@ from distill.tracing.trace import UNNAMED
 from distill.tracing.tracer import Tracer
 from distill.tracing.variants import Variant
 from tests import programs
+from tests.lms import Asked
 
 pytestmark = [
     pytest.mark.dspy,
@@ -20,26 +19,6 @@ pytestmark = [
 ]
 
 EXAMPLE = dspy.Example(text="sun", mood="good").with_inputs("text")
-
-
-class Asked(dspy.BaseLM):
-    """Answers, and remembers how it and its copies were asked."""
-
-    def __init__(self, calls, **kwargs):
-        super().__init__("asked", **kwargs)
-        self.calls = calls
-
-    def __deepcopy__(self, memo):
-        twin = copy.copy(self)
-        twin.kwargs = dict(self.kwargs)
-        return twin
-
-    def forward(self, prompt=None, messages=None, **kwargs):
-        self.calls.append({**self.kwargs, **kwargs, "system": messages[0]["content"]})
-        text = "[[ ## mood ## ]]\ngood\n\n[[ ## completed ## ]]"
-        message = SimpleNamespace(content=text, tool_calls=None)
-        choice = SimpleNamespace(message=message, finish_reason="stop")
-        return SimpleNamespace(choices=[choice], usage={"prompt_tokens": 7}, model=self.model)
 
 
 class Asking(dspy.Module):
