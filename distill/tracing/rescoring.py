@@ -19,6 +19,7 @@ from distill.tracing import callers
 from distill.tracing.callers import Running
 from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.gate import Gate
+from distill.tracing.held import with_governed
 from distill.tracing.permits import Refusal, Stop
 from distill.tracing.spending import Spending
 from distill.tracing.store import SegmentWriter, TraceStore
@@ -66,9 +67,11 @@ class Rescorer:
         store: TraceStore,
         spending: Spending,
     ) -> None:
-        self._task, self._store, self._spending = task, store, spending
+        conductor = Conductor(gate, calls, _record, _record_error)
+        self._task = replace(task, settings=with_governed(task.settings, conductor))
+        self._store, self._spending = store, spending
         self._gate = gate
-        self._judge = governed(judge, Conductor(gate, calls, _record, _record_error))
+        self._judge = governed(judge, conductor)
         self._unwritten: deque[Trace] = deque()
         self._writing = threading.Lock()
         self._writer: SegmentWriter | None = None

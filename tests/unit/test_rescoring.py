@@ -84,6 +84,16 @@ def test_a_metric_may_ask_in_threads_of_its_own(scored):
     assert spending.by_predictor[METRIC].calls == 9
 
 
+def test_an_lm_of_the_settings_is_paid_for_like_the_judge(scored):
+    cheap = {"lm": Asked([])}
+    traces, spending = scored(
+        3, asking_another, Governor(Bounds()).exchange, cheap=(cheap, "cheap")
+    )
+    assert [trace.score.value for trace in traces] == 3 * [1.0]
+    assert spending.by_predictor[METRIC].calls == 3
+    assert type(cheap["lm"]) is Asked
+
+
 def test_an_interrupt_ends_it_though_the_metrics_calls_wait_for_a_permit(scored):
     interrupted = []
 
