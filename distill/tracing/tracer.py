@@ -35,7 +35,7 @@ from distill.tracing.trace import (
     total_usage,
 )
 from distill.tracing.values import as_shown, jsonable, revive_prediction
-from distill.tracing.variants import Variant
+from distill.tracing.variants import Variant, check_told
 from serve.dspy_lm import LmFailure, governed, is_lm_error, lm_failure
 from serve.errors import CallPrevented
 from serve.programs import as_prediction, runs_async
@@ -60,6 +60,13 @@ class _Run:
     error: Exception | None = None
     latency_s: float = 0.0
     scoring: bool = False
+
+    def finish(self) -> None:
+        """Take what the program returned, if the run was what it was meant to be."""
+        prediction = as_prediction(self.returned)
+        if self.steps:
+            check_told(self.settings)
+        self.prediction = prediction
 
     def failure(self) -> Failure | None:
         """Why the run is worth nothing."""
@@ -167,12 +174,12 @@ class Tracer:
     def _run_sync(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
             run.returned = self._task.program(**example.inputs())
-            run.prediction = as_prediction(run.returned)
+            run.finish()
 
     async def _run_async(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
             run.returned = await self._task.program.acall(**example.inputs())
-            run.prediction = as_prediction(run.returned)
+            run.finish()
 
     async def _score(self, example: dspy.Example, run: _Run) -> Score | None:
         if self._metric is None or run.prediction is None:
