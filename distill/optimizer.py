@@ -30,6 +30,7 @@ from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
+from serve import temporary
 
 
 class RayBootstrapFinetune(BootstrapFinetune):
@@ -121,6 +122,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
         directory = RunDir(f"{self.settings.storage}/{plan.name}")
         directory.create()
         with cluster.connected():
+            temporary.sweep()
             plan = plan.fitted()
             with directory.locked(), reporting(directory) as progress:
                 jobs = self._make_jobs(plan, self._trace(plan, directory, progress), progress)

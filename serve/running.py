@@ -25,8 +25,11 @@ def connect(started: ExitStack) -> None:
 
 
 def start_serve(started: ExitStack, proxy_location: str, **http_options: Any) -> None:
-    """Have Serve run. One that runs already keeps its own options."""
-    if not is_serving():
+    """Have Serve run. One that runs already keeps its own options.
+
+    On a cluster of others it stays: whoever is about to deploy to it cannot be seen.
+    """
+    if not is_serving() and cluster.is_own():
         started.callback(_stop_serve)
     ray.serve.start(
         proxy_location=proxy_location,

@@ -44,7 +44,15 @@ _plain_submit: Any = ThreadPoolExecutor.submit
 
 @functools.wraps(_plain_start)
 def _start(self: threading.Thread) -> None:
-    run = functools.partial(contextvars.copy_context().run, self.run)
+    context, own = contextvars.copy_context(), vars(self).get("run")
+
+    def run() -> None:
+        # Else the thread would hold itself, and with it all that the context holds.
+        del self.run
+        if own is not None:
+            self.run = own  # type: ignore[method-assign]
+        context.run(self.run)
+
     self.run = run  # type: ignore[method-assign]
     _plain_start(self)
 

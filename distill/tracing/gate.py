@@ -7,6 +7,7 @@ says is ``limiter``; that it may be an actor on another machine is ``governor``.
 """
 
 import asyncio
+import contextvars
 import itertools
 import threading
 import time
@@ -87,6 +88,7 @@ class Gate:
         self._returned: list[int] = []
         self._in_flight = 0
         self._refusal: Refusal | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
 
     def enter(self, ask: Ask) -> Permit:
@@ -125,6 +127,16 @@ class Gate:
             is_urgent = bool(self._waiting) or outcome.failure is not None
         self._tell(is_urgent)
 
+    def close(self, refusal: Refusal) -> None:
+        """Let no call through any more; what is under way may still be told of.
+
+        Args:
+            refusal: What those hear who wait, and those who come.
+        """
+        self._refuse(refusal)
+        self._closed = True
+        self._tell(is_urgent=True)
+
     def _give_back(self, permit: Permit) -> None:
         with self._lock:
             self._returned.append(permit.id)
@@ -137,7 +149,8 @@ class Gate:
             if self._refusal is not None:
                 raise _prevented(self._refusal)
             if self._thread.ident is None:
-                self._thread.start()
+                # It outlives the call that is the first, and so must not keep what that knows.
+                contextvars.Context().run(self._thread.start)
             is_free = ask.model in self._free
             if is_free:
                 found = Permit(next(self._numbers), self._free[ask.model])
@@ -156,15 +169,7 @@ class Gate:
 
     def _run(self) -> None:
         reply = Reply(())
-        while True:
-            if self._waiting:
-                self._urgent.wait(reply.wait_s)
-            else:
-                self._news.wait(HEARTBEAT_S if self._in_flight else None)
-                self._urgent.wait(reply.pace_s)
-            time.sleep(SOON_S)
-            self._news.clear()
-            self._urgent.clear()
+        while self._wait(reply):
             try:
                 reply = self._speak()
             except Exception as error:
@@ -174,6 +179,23 @@ class Gate:
                 return
             if reply.refusal is not None:
                 self._refuse(reply.refusal)
+
+    def _wait(self, reply: Reply) -> bool:
+        """Wait for something to say; False is that there will be nothing any more."""
+        if self._is_over():
+            return False
+        if self._waiting:
+            self._urgent.wait(reply.wait_s)
+        else:
+            self._news.wait(HEARTBEAT_S if self._in_flight else None)
+            self._urgent.wait(reply.pace_s)
+        time.sleep(SOON_S)
+        self._news.clear()
+        self._urgent.clear()
+        return not self._is_over()
+
+    def _is_over(self) -> bool:
+        return self._closed and not (self._in_flight or self._outcomes or self._returned)
 
     def _speak(self) -> Reply:
         with self._lock:
@@ -198,7 +220,8 @@ class Gate:
         return reply
 
     def _hand_out(self, future: "Future[Permit]", permit: Permit) -> None:
-        if future.set_running_or_notify_cancel():
+        # Closing may have answered it meanwhile.
+        if not future.done() and future.set_running_or_notify_cancel():
             self._in_flight += 1
             future.set_result(permit)
         else:
@@ -209,9 +232,9 @@ class Gate:
         with self._lock:
             self._refusal = refusal
             waiting, self._waiting = self._waiting, deque()
-        for _, future in waiting:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(_prevented(refusal))
+            for _, future in waiting:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(_prevented(refusal))
 
 
 def _prevented(refusal: Refusal) -> CallPrevented:

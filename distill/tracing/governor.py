@@ -6,6 +6,7 @@ A thin shell: what may be called when is ``limiter``; asking in batches is ``gat
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -169,19 +170,28 @@ def gate_when_asked(
         bounds: Tells those of the job.
         serving: Has whatever is called be there, for as long as the gate is.
     """
+    starting, over = threading.Lock(), threading.Event()
     with contextlib.ExitStack() as stack:
 
         @functools.cache
         def governor() -> Any:
-            stack.enter_context(cluster.connected())
-            try:
-                stack.enter_context(serving())
-            except DistillError as error:
-                # What asks must not take it for an answer, such as a metric's error.
-                raise CallPrevented(str(error)) from error
-            return stack.enter_context(governing(run, bounds()))
+            with starting:
+                if over.is_set():
+                    raise CallPrevented("The run's calls have ended.")
+                stack.enter_context(cluster.connected())
+                try:
+                    stack.enter_context(serving())
+                except DistillError as error:
+                    # What asks must not take it for an answer, such as a metric's error.
+                    raise CallPrevented(str(error)) from error
+                return stack.enter_context(governing(run, bounds()))
 
-        yield Gate(lambda report: _exchange(governor(), report))
+        try:
+            yield Gate(lambda report: _exchange(governor(), report))
+        finally:
+            # Only what has come to be there can be stopped.
+            with starting:
+                over.set()
 
 
 def _exchange(governor: Any, report: Report) -> Reply:

@@ -6,26 +6,36 @@ trace, which has the new score, and the usage of the metric alone. Which record 
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import dspy
 
 from distill.programs import Task
+from distill.tracing import callers
+from distill.tracing.callers import Running
 from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.gate import Gate
-from distill.tracing.permits import Stop
+from distill.tracing.held import with_governed
+from distill.tracing.permits import Refusal, Stop
 from distill.tracing.spending import Spending
 from distill.tracing.store import SegmentWriter, TraceStore
 from distill.tracing.trace import METRIC, Trace, Usage, total_usage
 from distill.tracing.tracer import is_scored, with_current_score
 from serve.dspy_lm import governed
 from serve.errors import BudgetExceeded, CallPrevented, TracingError
+from serve.threads import allow_threads
 
 SCORING = "raydistill_scoring"
 """Key in DSPy's settings, which follow a metric into its threads."""
+LEAVE_S = 5.0
+"""So long who is interrupted waits for answers that are paid for; their threads end with him."""
+FINISH_S = 3600.0
+"""So long who fails does; no call takes as long."""
+_LEFT = Refusal(Stop.LOST, "Nobody waits for what the metric says any more.")
 
 
 @dataclass
@@ -42,7 +52,7 @@ class Rescorer:
     Args:
         task: Whose metric scores.
         judge: The LM that the metric may ask.
-        gate: Lets its calls through.
+        gate: Lets its calls through; closed after the last trace.
         calls: How they are made.
         store: Keeps the scores that were paid for.
         spending: Is added what they took.
@@ -57,8 +67,11 @@ class Rescorer:
         store: TraceStore,
         spending: Spending,
     ) -> None:
-        self._task, self._store, self._spending = task, store, spending
-        self._judge = governed(judge, Conductor(gate, calls, _record, _record_error))
+        conductor = Conductor(gate, calls, _record, _record_error)
+        self._task = replace(task, settings=with_governed(task.settings, conductor))
+        self._store, self._spending = store, spending
+        self._gate = gate
+        self._judge = governed(judge, conductor)
         self._unwritten: deque[Trace] = deque()
         self._writing = threading.Lock()
         self._writer: SegmentWriter | None = None
@@ -72,20 +85,26 @@ class Rescorer:
             BudgetExceeded, TracingError: The metric asks an LM, and may not.
             TraceStoreError: What it said cannot be written.
         """
-        window: deque[Future[Trace]] = deque()
-        threads = ThreadPoolExecutor(concurrency, thread_name_prefix="metric")
+        allow_threads()
+        window: deque[Running] = deque()
+        patience_s = LEAVE_S
         try:
             for trace, example in traces:
                 if not window and is_scored(trace, self._task):
                     yield trace
                     continue
-                window.append(threads.submit(self._score, trace, example))
+                window.append(callers.start(partial(self._score, trace, example)))
                 if len(window) == concurrency:
-                    yield window.popleft().result()
+                    yield _first(window)
             while window:
-                yield window.popleft().result()
+                yield _first(window)
+        except Exception:
+            patience_s = FINISH_S
+            raise
         finally:
-            threads.shutdown(cancel_futures=True)
+            # First, since what waits there may do so for as long as an outage lasts.
+            self._gate.close(_LEFT)
+            _wait(window, patience_s)
 
     def _score(self, trace: Trace, example: dspy.Example) -> Trace:
         scoring = _Scoring()
@@ -113,6 +132,20 @@ class Rescorer:
                 self._writer.append([each.to_json() for each in batch])
             for each in batch:
                 self._spending.add(each)
+
+
+def _first(window: deque[Running]) -> Trace:
+    """The first one's trace, which only then leaves the window."""
+    while not window[0].wait(FINISH_S):
+        pass
+    found: Trace = window.popleft().result()
+    return found
+
+
+def _wait(window: Iterable[Running], patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    for running in window:
+        running.wait(deadline - time.monotonic())
 
 
 def _record(usage: Usage) -> None:

@@ -44,6 +44,7 @@ class TraceStore:
         self.uri = uri
         self._fs, self._path = fsspec.url_to_fs(uri)
         self._local = isinstance(self._fs, LocalFileSystem)
+        self._origin = self._path
 
     def writer(self) -> "SegmentWriter":
         """A writer with segments of its own."""
@@ -146,13 +147,15 @@ class TraceStore:
         offset = 0
         for number, line in enumerate(self._lines(segment), 1):
             if not line.endswith(b"\n"):
-                logger.warning("%s: dropped a torn last record (%d B).", segment, len(line))
+                name = self._named(segment)
+                logger.warning("%s: dropped a torn last record (%d B).", name, len(line))
                 return
             try:
                 trace = decode(line)
             except ValueError as error:
+                name = self._named(segment)
                 raise TraceStoreError(
-                    f"{segment}, line {number}: is damaged ({error}). Restore the file, or "
+                    f"{name}, line {number}: is damaged ({error}). Restore the file, or "
                     f"remove that line (sed -i {number}d FILE) to trace its example anew."
                 ) from error
             yield Position(segment, offset), trace
@@ -163,7 +166,11 @@ class TraceStore:
             with self._fs.open(segment, "rb") as file:
                 yield from file
         except OSError as error:
-            raise _unreadable(segment, error) from error
+            raise _unreadable(self._named(segment), error) from error
+
+    def _named(self, segment: str) -> str:
+        """What a person knows a segment by, of which this may be a copy."""
+        return f"{self._origin}/{_base(segment)}"
 
     @contextlib.contextmanager
     def _fetched(self) -> Iterator["TraceStore"]:
@@ -173,10 +180,15 @@ class TraceStore:
             return
         with tempfile.TemporaryDirectory(prefix="raydistill-") as folder:
             segments = self._segments()
-            copies = [str(Path(folder) / segment.rsplit("/", 1)[-1]) for segment in segments]
-            # At once: an object store is slow to answer, and has many segments.
-            self._fs.get(segments, copies)
-            yield TraceStore(folder)
+            copies = [str(Path(folder) / _base(segment)) for segment in segments]
+            try:
+                # At once: an object store is slow to answer, and has many segments.
+                self._fs.get(segments, copies)
+            except OSError as error:
+                raise _unreadable(self.uri, error) from error
+            copy = TraceStore(folder)
+            copy._origin = self.uri.rstrip("/")
+            yield copy
 
 
 class SegmentWriter:
@@ -225,6 +237,10 @@ def _append(name: str, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _base(segment: str) -> str:
+    return segment.rsplit("/", 1)[-1]
 
 
 def _rank(trace: Trace, metric: str | None) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from distill.programs import Task
 from distill.secrets import scrubbed
 from distill.tracing.conductor import CallSettings, Conductor
 from distill.tracing.gate import Gate, OpenGate
+from distill.tracing.held import govern, with_governed
 from distill.tracing.trace import (
     METRIC,
     UNNAMED,
@@ -34,7 +35,7 @@ from distill.tracing.trace import (
     total_usage,
 )
 from distill.tracing.values import as_shown, jsonable, revive_prediction
-from distill.tracing.variants import Variant
+from distill.tracing.variants import Variant, check_told
 from serve.dspy_lm import LmFailure, governed, is_lm_error, lm_failure
 from serve.errors import CallPrevented
 from serve.programs import as_prediction, runs_async
@@ -42,8 +43,6 @@ from serve.threads import allow_threads
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_TRACE_STEPS = 1_000_000
-MAX_HELD = 10_000
-"""A longer list or dict is data, and holds no LMs."""
 RUN = "raydistill_run"
 """Key in DSPy's settings, which follow a program into its threads."""
 
@@ -61,6 +60,13 @@ class _Run:
     error: Exception | None = None
     latency_s: float = 0.0
     scoring: bool = False
+
+    def finish(self) -> None:
+        """Take what the program returned, if the run was what it was meant to be."""
+        prediction = as_prediction(self.returned)
+        if self.steps:
+            check_told(self.settings)
+        self.prediction = prediction
 
     def failure(self) -> Failure | None:
         """Why the run is worth nothing."""
@@ -113,8 +119,8 @@ class Tracer:
             predictor.stage = name
         self._names = {name for name, _ in named}
         modules = [module for _, module in task.program.named_sub_modules(dspy.Module)]
-        for holder in (*modules, task.adapter):
-            _govern_held(vars(holder), conductor)
+        govern((*modules, task.adapter), conductor)
+        self._settings = with_governed(task.settings, conductor)
 
     async def trace(
         self,
@@ -152,7 +158,7 @@ class Tracer:
         start = time.perf_counter()
         try:
             with dspy.context(
-                **self._task.settings,
+                **self._settings,
                 **run.settings,
                 lm=self._lm,
                 trace=run.steps,
@@ -168,12 +174,12 @@ class Tracer:
     def _run_sync(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
             run.returned = self._task.program(**example.inputs())
-            run.prediction = as_prediction(run.returned)
+            run.finish()
 
     async def _run_async(self, example: dspy.Example, run: _Run) -> None:
         with self._context(run):
             run.returned = await self._task.program.acall(**example.inputs())
-            run.prediction = as_prediction(run.returned)
+            run.finish()
 
     async def _score(self, example: dspy.Example, run: _Run) -> Score | None:
         if self._metric is None or run.prediction is None:
@@ -183,7 +189,7 @@ class Tracer:
         def score() -> Score:
             # The metric may ask an LM of its own, but must not add steps to the trace.
             run.scoring, errors_before = True, len(run.lm_errors)
-            with judging(self._task, self._judge), dspy.context(**{RUN: run}):
+            with judging(self._settings, self._task, self._judge), dspy.context(**{RUN: run}):
                 found = score_prediction(metric, self._metric or "", example, run.returned)
             if found.error and run.lm_errors[errors_before:]:
                 # Not a bad answer: what the metric would say of it is not known.
@@ -210,10 +216,12 @@ class Tracer:
         run.usages.append((named, usage))
 
 
-def judging(task: Task, judge: dspy.BaseLM) -> contextlib.AbstractContextManager[None]:
+def judging(
+    settings: Mapping[str, Any], task: Task, judge: dspy.BaseLM
+) -> contextlib.AbstractContextManager[None]:
     """The settings that a metric finds."""
     manager: contextlib.AbstractContextManager[None] = dspy.context(
-        **task.settings, lm=judge, adapter=task.adapter, trace=None
+        **settings, lm=judge, adapter=task.adapter, trace=None
     )
     return manager
 
@@ -251,7 +259,7 @@ def with_current_score(
     if task.metric is None or identity is None:
         return dataclasses.replace(trace, score=None)
     prediction = revive_prediction(trace.prediction, task.program)
-    with judging(task, judge):
+    with judging(task.settings, task, judge):
         score = score_prediction(task.metric, identity, example, prediction)
     return dataclasses.replace(trace, score=score)
 
@@ -260,16 +268,6 @@ def _record_error(error: Exception) -> None:
     run = dspy.settings.get(RUN)
     if run is not None:
         run.lm_errors.append(error)
-
-
-def _govern_held(holder: dict[Any, Any] | list[Any], conductor: Conductor) -> None:
-    """Put governed LMs in the place of those that are held, in lists and dicts as well."""
-    held = holder.items() if isinstance(holder, dict) else enumerate(holder)
-    for name, value in list(held) if len(holder) <= MAX_HELD else ():
-        if isinstance(value, dspy.BaseLM):
-            holder[name] = governed(value, conductor)
-        elif isinstance(value, dict | list):
-            _govern_held(value, conductor)
 
 
 def _by_name(usages: Sequence[tuple[str, Usage]]) -> dict[str, Usage]:

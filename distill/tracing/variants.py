@@ -6,6 +6,7 @@ settings that a run of the one program finds; running it is ``tracer``.
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import dspy
 
 from distill.tracing.values import jsonable
 from serve.dspy_lm import ROLLOUT
+from serve.errors import TracingError
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,42 @@ class Variant:
 
         Rows are rendered with the program's own instructions, so no hint reaches the student.
         """
+        if not self.hinted:
+            return {"adapter": adapter, ROLLOUT: self.sample}
         return {
-            "adapter": _hinting(adapter, _hint(example)) if self.hinted else adapter,
+            "adapter": _hinting(adapter, _hint(example)),
             ROLLOUT: self.sample,
+            TELLING: _Telling(),
         }
+
+
+@dataclass
+class _Telling:
+    """Whether anybody was told the hint."""
+
+    told: bool = False
+
+
+TELLING = "raydistill_telling"
+"""Key in DSPy's settings, which follow a program into its threads."""
+
+
+def check_told(settings: Mapping[str, Any]) -> None:
+    """See that a run which predictors were called in has told one of them its hint, if any.
+
+    Args:
+        settings: Of the run, by ``Variant.settings``.
+
+    Raises:
+        TracingError: It has not.
+    """
+    telling = settings.get(TELLING)
+    if telling is not None and not telling.told:
+        raise TracingError(
+            "The label was told to no predictor: the program sets an adapter of its own, and hints "
+            "are told by the run's. Set it where the program is made, dspy.configure(adapter=...), "
+            "and not where it runs, or set trace.hints: false."
+        )
 
 
 def _hint(example: dspy.Example) -> str:
@@ -60,6 +94,9 @@ class _Hinting:
         return await plain.acall(lm, lm_kwargs, self._told(signature), demos, inputs)
 
     def _told(self, signature: Any) -> Any:
+        telling = dspy.settings.get(TELLING)
+        if telling is not None:
+            telling.told = True
         return signature.with_instructions(f"{signature.instructions}\n\n{self.hint}")
 
 

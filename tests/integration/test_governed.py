@@ -1,6 +1,7 @@
 """Tracing against a teacher that misbehaves: every example accounted for, no limit passed."""
 
 import asyncio
+import contextlib
 import os
 import random
 import threading
@@ -18,11 +19,13 @@ from distill.programs import Task
 from distill.tracing.collect import collect
 from distill.tracing.collection import Collection
 from distill.tracing.conductor import CallSettings
+from distill.tracing.governor import gate_when_asked
 from distill.tracing.limits import Limits
+from distill.tracing.permits import Ask, Bounds, Refusal, Stop
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import METRIC
 from examples.standin_teacher import StandInTeacher, TeacherRefuses, serve_in_background
-from serve.errors import BudgetExceeded, TracingError
+from serve.errors import BudgetExceeded, CallPrevented, TracingError
 from tests import programs
 from tests.runs import MoodTeacher, RunFolder
 
@@ -289,6 +292,31 @@ def test_what_judges_have_said_is_kept_when_the_budget_stops_them(tmp_path):
         assert paid_for(plain).by_predictor[METRIC].calls == teacher.said["reply"] - 40
         assert len(list(job(server, tmp_path, 40, metric=asking_metric).traces())) == 40
     assert teacher.said["reply"] == 80
+
+
+def test_what_is_still_being_started_when_nobody_wants_it_any_more_is_stopped():
+    begun, up, stopped = threading.Event(), threading.Event(), []
+
+    @contextlib.contextmanager
+    def serving():
+        begun.set()
+        up.wait()
+        yield
+        stopped.append(True)
+
+    with gate_when_asked("run", Bounds, serving) as gate:
+
+        def ask():
+            with pytest.raises(CallPrevented, match="Nobody waits"):
+                gate.enter(Ask("m"))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        begun.wait()
+        gate.close(Refusal(Stop.LOST, "Nobody waits."))
+        asking.join()
+        threading.Timer(0.5, up.set).start()
+    assert stopped
 
 
 def test_samples_and_hints_are_let_through_and_paid_like_all_else(tmp_path):

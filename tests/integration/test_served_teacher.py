@@ -1,6 +1,9 @@
 """An open-weight teacher is served while it is asked, answers like any other, and is gone after."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import dspy
 import pytest
@@ -20,7 +23,7 @@ from serve import running, temporary
 from serve.deployments import Scale
 from serve.errors import StudentError
 from tests import programs
-from tests.runs import BAD, GOOD, RunFolder, mood_of
+from tests.runs import BAD, GOOD, ROOT, RunFolder, environment, mood_of
 from tests.tiny_teacher import make_teacher
 
 pytestmark = [pytest.mark.integration, pytest.mark.dspy]
@@ -139,6 +142,28 @@ def test_what_ended_jobs_left_is_taken_down_and_nothing_else(teacher_dir):
         temporary.sweep()
         assert set(ray.serve.status().applications) == {other, ours}
     assert set(ray.serve.status().applications) == {other}
+    ray.serve.shutdown()
+
+
+ELSEWHERE = """
+from contextlib import ExitStack
+from serve import running
+
+with ExitStack() as started:
+    running.connect(started)
+    running.start_serve(started, "Disabled")
+"""
+
+
+def test_who_has_not_started_the_cluster_does_not_stop_serve_under_others():
+    variables = {
+        **environment(),
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        # A Ray that was started by ray.init() asks for its token.
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+    }
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=ROOT, env=variables, check=True)
+    assert running.is_serving()
     ray.serve.shutdown()
 
 

@@ -1,11 +1,13 @@
 """The trace store: what was appended is found again, whatever befell the writer."""
 
+import errno
 import json
 import os
 import resource
 import tempfile
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,35 @@ def test_damage_in_the_middle_is_an_error_that_names_the_line(tmp_path):
     content = segment.read_bytes()
     segment.write_bytes(b"\x00" + content[1:])
     with pytest.raises(TraceStoreError, match="line 1"):
+        list(store.scan())
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A store of one segment that is not on this machine's disk, and the segment."""
+    store = TraceStore(f"memory://{tmp_path.name}/traces")
+    store.writer().append([trace("a").to_json(), trace("b").to_json()])
+    memory = fsspec.filesystem("memory")
+    (segment,) = memory.ls(f"/{tmp_path.name}/traces", detail=False)
+    return store, memory, segment
+
+
+def test_damage_of_a_remote_store_is_named_where_it_lies(remote):
+    store, memory, segment = remote
+    memory.pipe_file(segment, b"\x00" + memory.cat_file(segment)[1:])
+    with pytest.raises(TraceStoreError) as damaged:
+        list(store.scan())
+    assert str(damaged.value).startswith(f"memory:/{segment}, line 1:")
+
+
+def test_a_remote_store_that_cannot_be_fetched_is_named(remote, monkeypatch):
+    store, memory, _ = remote
+
+    def get(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Access Denied")
+
+    monkeypatch.setattr(type(memory), "get", get)
+    with pytest.raises(TraceStoreError, match=r"^memory://.*Access Denied"):
         list(store.scan())
 
 

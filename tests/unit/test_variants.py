@@ -1,18 +1,17 @@
 """The ways in which a program is run besides the plain one: samples and hints."""
 
 import asyncio
-import copy
-from types import SimpleNamespace
 
 import dspy
 import pytest
 
 from distill.programs import Task
-from distill.tracing.trace import UNNAMED
+from distill.tracing.trace import UNNAMED, FailureKind
 from distill.tracing.tracer import Tracer
 from distill.tracing.variants import Variant
 from examples.standin_teacher import StandInTeacher, serve_in_background
 from tests import programs
+from tests.lms import Asked
 
 pytestmark = [
     pytest.mark.dspy,
@@ -24,6 +23,7 @@ GOOD = "[[ ## mood ## ]]\ngood\n\n[[ ## completed ## ]]"
 EXAMPLE = dspy.Example(text="sun", mood="good").with_inputs("text")
 
 
+<<<<<<< HEAD
 class Asked(dspy.BaseLM):
     """Answers, and remembers how it and its copies were asked."""
 
@@ -43,6 +43,8 @@ class Asked(dspy.BaseLM):
         return SimpleNamespace(choices=[choice], usage={"prompt_tokens": 7}, model=self.model)
 
 
+=======
+>>>>>>> tracing-h
 class Asking(dspy.Module):
     """Asks LMs by itself, beside predictors with and without one of their own."""
 
@@ -58,9 +60,26 @@ class Asking(dspy.Module):
         return self.judge(text=text)
 
 
-def run(program, lm, variant):
+class OwnAdapter(dspy.Module):
+    """Sets an adapter of its own, for all that it asks or for the first half of it."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.judge, self.always = dspy.Predict(programs.Sentiment), always
+
+    def forward(self, text):
+        with dspy.context(adapter=dspy.ChatAdapter()):
+            found = self.judge(text=text)
+        return found if self.always else self.judge(text=text)
+
+
+def traced(program, lm, variant):
     tracer = Tracer(Task(program, dspy.ChatAdapter(), None), lm, concurrency=1)
-    trace = asyncio.run(tracer.trace("k", EXAMPLE, variant))
+    return asyncio.run(tracer.trace("k", EXAMPLE, variant))
+
+
+def run(program, lm, variant):
+    trace = traced(program, lm, variant)
     assert trace.failure is None, trace.failure
     return trace
 
@@ -133,3 +152,14 @@ def test_a_hint_tells_every_predictor_the_label_and_nothing_of_the_inputs():
     assert all('{"mood": "good"}' in system and "sun" not in system for system in told)
     assert trace.hinted
     assert "good" not in program.judge.signature.instructions
+
+
+def test_a_hint_that_nobody_was_told_makes_the_run_a_failure_that_says_so():
+    lm = Asked([])
+    failed = traced(OwnAdapter(always=True), lm, Variant(hinted=True))
+    assert failed.failure.kind is FailureKind.PROGRAM
+    assert "told to no predictor" in failed.failure.message
+    assert failed.prediction is None
+    assert failed.usage.calls == 1
+    run(OwnAdapter(always=True), lm, Variant(sample=1))
+    run(OwnAdapter(always=False), lm, Variant(hinted=True))
