@@ -23,28 +23,6 @@ GOOD = "[[ ## mood ## ]]\ngood\n\n[[ ## completed ## ]]"
 EXAMPLE = dspy.Example(text="sun", mood="good").with_inputs("text")
 
 
-<<<<<<< HEAD
-class Asked(dspy.BaseLM):
-    """Answers, and remembers how it and its copies were asked."""
-
-    def __init__(self, calls, **kwargs):
-        super().__init__("asked", **kwargs)
-        self.calls = calls
-
-    def __deepcopy__(self, memo):
-        twin = copy.copy(self)
-        twin.kwargs = dict(self.kwargs)
-        return twin
-
-    def forward(self, prompt=None, messages=None, **kwargs):
-        self.calls.append({**self.kwargs, **kwargs, "system": messages[0]["content"]})
-        message = SimpleNamespace(content=GOOD, tool_calls=None)
-        choice = SimpleNamespace(message=message, finish_reason="stop")
-        return SimpleNamespace(choices=[choice], usage={"prompt_tokens": 7}, model=self.model)
-
-
-=======
->>>>>>> tracing-h
 class Asking(dspy.Module):
     """Asks LMs by itself, beside predictors with and without one of their own."""
 
