@@ -78,6 +78,20 @@ def _parser() -> argparse.ArgumentParser:
         )
     report = command("report", _report, "print a run's report, and rebuild report.html")
     report.add_argument("run_dir", metavar="RUN_DIR")
+    traces = command("traces", _traces, "list a run's traces, or write them to a file")
+    traces.add_argument("run_dir", metavar="RUN_DIR")
+    which = traces.add_mutually_exclusive_group()
+    which.add_argument("--kept", action="store_true", help="only those that rows are made of")
+    which.add_argument(
+        "--rejected",
+        nargs="?",
+        const="",
+        metavar="REASON",
+        help="only the others; REASON is metric, parse, error, surplus or an error's type",
+    )
+    traces.add_argument("--predictor", metavar="NAME", help="only the calls of this one")
+    traces.add_argument("--limit", type=int, metavar="N", help="so many; 20 unless exported")
+    traces.add_argument("--export", metavar="FILE.jsonl", help="write them to a file")
     serve = command("serve", _serve, "serve a run's student, or any student, until interrupted")
     serve.add_argument("run_dir", metavar="DIR", help="a run directory or a student directory")
     serve.add_argument("--host", default="127.0.0.1")
@@ -122,17 +136,16 @@ def _check(arguments: Arguments, terminal: Terminal) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     terminal.silence()
-    from distill import cluster, preflight
+    from distill import cluster, estimate, preflight
 
     inputs = preflight.load(config)
     with cluster.connected():
         train = preflight.fitted_workers(config.train)
-        preflight.check_cluster(train, preflight.fitted_actors(config.trace))
-    expected = preflight.estimate(inputs)
-    terminal.say(
-        f"All is well. A run would make about {expected['teacher_calls']:,} teacher calls, with "
-        f"{expected['prompt_tokens']:,} prompt tokens, for {expected['examples']:,} examples."
-    )
+        trace = preflight.fitted_actors(config.trace, config.teacher)
+        preflight.check_cluster(train, trace, config.teacher)
+    config = config.model_copy(update={"trace": trace})
+    expected = estimate.estimate(inputs, config)
+    terminal.say("All is well. " + estimate.describe(expected, config))
 
 
 def _report(arguments: Arguments, terminal: Terminal) -> None:
@@ -147,6 +160,25 @@ def _report(arguments: Arguments, terminal: Terminal) -> None:
         )
     directory.write_text("report.html", render_html(report))
     _show(report, directory, terminal)
+
+
+def _traces(arguments: Arguments, terminal: Terminal) -> None:
+    import itertools
+
+    from distill import listing
+    from distill.progress import ProgressReporter
+    from distill.rundir import RunDir
+
+    terminal.silence()
+    chosen = listing.Filter(arguments.kept, arguments.rejected, arguments.predictor)
+    progress = ProgressReporter(terminal.console)
+    found = chosen.apply(listing.judged_traces(RunDir(arguments.run_dir), progress))
+    if arguments.export:
+        count = listing.export(itertools.islice(found, arguments.limit), arguments.export)
+        terminal.say(f"{count} traces: {arguments.export}")
+        return
+    limit = 20 if arguments.limit is None else arguments.limit
+    terminal.console.print(listing.render(found, limit))
 
 
 def _serve(arguments: Arguments, terminal: Terminal) -> None:
@@ -198,6 +230,7 @@ def _prepared(
     directory.create()
     terminal.log_to(_log_file(directory, arguments.name))
     with (
+        directory.guarded(),
         directory.locked(),
         directory.appending("events.jsonl") as path,
         open_events(path) as events,

@@ -12,10 +12,12 @@ from typing import Any
 import dspy
 from dspy.teleprompt.bootstrap_finetune import prepare_teacher
 
+from distill import imports
 from distill.config import ScratchConfig, TraceConfig
 from distill.config_file import validated
 from distill.programs import check_inputs
 from serve.errors import ConfigurationError
+from serve.programs import Setup, check_setup
 
 MAX_FAILURE_RATE = 0.5
 """Of at least ``MIN_SAMPLE`` examples; what fails most of the time is not worth its price."""
@@ -29,9 +31,11 @@ class Settings:
     prompt: str
     scratch: ScratchConfig
     trace: TraceConfig
+    num_threads: int | None
     storage: str
     name: str | None
     strict_compat: bool
+    setup: Setup | None = None
 
     @classmethod
     def read(
@@ -47,19 +51,18 @@ class Settings:
         Raises:
             ConfigurationError: One is not what it should be.
         """
+        setup = plain.get("setup")
+        if setup is not None:
+            check_setup(setup, getattr(setup, "__qualname__", type(setup).__qualname__))
         if plain["prompt"] not in ("folded", "full"):
             raise ConfigurationError(f"prompt={plain['prompt']!r}: expected 'folded' or 'full'.")
         tracing: TraceConfig = validated(
             TraceConfig, {"max_failure_rate": MAX_FAILURE_RATE, **(trace or {})}, "trace"
         )
-        if num_threads is not None:
-            if num_threads < 1:
-                raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
-            actors = min(tracing.actors, num_threads)
-            spread = {"actors": actors, "concurrency": num_threads // actors}
-            tracing = tracing.model_copy(update=spread)
+        if num_threads is not None and num_threads < 1:
+            raise ConfigurationError(f"num_threads={num_threads}: expected 1 or more.")
         sizes = validated(ScratchConfig, scratch or {}, "scratch")
-        return cls(scratch=sizes, trace=tracing, **plain)
+        return cls(scratch=sizes, trace=tracing, num_threads=num_threads, **plain)
 
 
 def check_program(student: Any) -> None:
@@ -111,6 +114,16 @@ def check_examples(name: str, examples: Any, programs: Sequence[dspy.Module]) ->
             checked.add(inputs)
             for program in programs:
                 check_inputs(program, inputs, f"{name}[{number}].inputs()")
+
+
+def check_imports(files: Sequence[str], student: dspy.Module, multitask: bool) -> None:
+    """What was recorded elsewhere can become rows of the one student that there is."""
+    imports.check(files)
+    if files and not multitask and len(student.predictors()) > 1:
+        raise ConfigurationError(
+            "trace.import: a chat log does not say which predictor it is of, and multitask=False "
+            "trains each on its own. Leave one of the two away."
+        )
 
 
 def structural(student: dspy.Module, teacher: dspy.Module | None) -> dspy.Module:

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import cloudpickle
 import dspy
 from dspy.clients.lm_local import LocalProvider
 
-from distill import preflight
+from distill import open_teacher, preflight, unpicklable
 from distill.compile_checks import (
     MAX_FAILURE_RATE,
     Settings,
     check_examples,
+    check_imports,
     check_metric,
     check_program,
     structural,
@@ -25,7 +25,7 @@ from distill.datasets import distinct
 from distill.programs import Task, carried_settings
 from distill.provider import RayProvider
 from distill.rows import Prompts, check_renderable, predictor_prompts
-from distill.tracing.collect import LmSpec
+from distill.tracing.actor import LmSpec
 from distill.tracing.limits import MIN_SAMPLE
 from distill.train_kwargs import parse_train_kwargs
 from serve.dspy_lm import lm_identity, model_name
@@ -87,6 +87,7 @@ class Plan:
         groups: Trained one after the other.
         keys: The group of each predictor of the student, in the program's order.
         trainset, valset: Examples to trace.
+        num_threads: How many of them are in flight; None is as ``trace`` says.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Plan:
     trainset: Sequence[dspy.Example]
     valset: Sequence[dspy.Example]
     trace: TraceConfig
+    num_threads: int | None
     student: Task
     exclude_demos: bool
     strict_compat: bool
@@ -111,7 +113,7 @@ class Plan:
         Raises:
             ConfigurationError: More workers or actors are asked for than fit.
         """
-        trace = preflight.fitted_actors(self.trace)
+        trace = preflight.fitted_actors(self.trace, in_flight=self.num_threads)
         preflight.check_actors(trace)
         for group in self.groups:
             if trains_here(group.lm):
@@ -148,23 +150,25 @@ def make_plan(
     check_examples("trainset", trainset, programs)
     check_examples("valset", valset or (), programs)
     trace = settings.trace
+    check_imports(trace.imports, student, optimizer.multitask)
     if len(distinct(trainset)) < MIN_SAMPLE and trace.max_failure_rate == MAX_FAILURE_RATE:
         trace = trace.model_copy(update={"max_failure_rate": 1.0})
     return Plan(
         name=settings.name or type(student).__name__,
-        teachers=[_make_teacher(program, optimizer.metric) for program in programs],
+        teachers=[_make_teacher(program, optimizer) for program in programs],
         groups=groups,
         keys=keys,
         trainset=trainset,
         valset=valset or (),
         trace=trace,
-        student=_make_task(student, optimizer.metric),
+        num_threads=settings.num_threads,
+        student=_make_task(student, optimizer),
         exclude_demos=optimizer.exclude_demos,
         strict_compat=settings.strict_compat,
     )
 
 
-def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
+def _make_teacher(program: dspy.Module, optimizer: Optimizer) -> Teacher:
     without = [name for name, predictor in program.named_predictors() if predictor.lm is None]
     lm = dspy.settings.lm or (None if without else program.predictors()[0].lm)
     if lm is None:
@@ -172,6 +176,8 @@ def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
             f"The teacher's predictors {', '.join(without)} have no LM to ask. Configure one with "
             "dspy.configure(lm=...), or give the teacher its own with teacher.set_lm(lm)."
         )
+    open_teacher.check_elsewhere("The teacher's LM", lm)
+    open_teacher.check_none_inside(program)
     for asked in (lm, *(predictor.lm for predictor in program.predictors())):
         if asked is not None and asked.model == model_name(SCRATCH):
             raise ConfigurationError(
@@ -179,21 +185,22 @@ def _make_teacher(program: dspy.Module, metric: Any) -> Teacher:
                 "to teach. Give compile a teacher= whose LM is, or leave the predictors' LMs to "
                 'the teacher and name the student with student_model="scratch".'
             )
-    task = _make_task(program, metric)
+    task = _make_task(program, optimizer)
     task.dumps()
     fresh = lm.copy()
-    try:
-        cloudpickle.dumps(fresh)
-    # Which error it is depends on what the LM holds.
-    except Exception as error:
+    culprit = unpicklable.find(fresh, "lm")
+    if culprit:
         raise ConfigurationError(
-            f"The teacher's LM ({type(lm).__name__}) cannot be sent to Ray's workers: {error}."
-        ) from error
+            f"The teacher's LM ({type(lm).__name__}) cannot be sent to Ray's workers: {culprit}. "
+            "Let the LM make it when it is first called."
+        )
     return Teacher(task, LmSpec(make=fresh.copy, identity={"teacher": lm_identity(lm)}))
 
 
-def _make_task(program: dspy.Module, metric: Any) -> Task:
-    return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric, carried_settings())
+def _make_task(program: dspy.Module, optimizer: Optimizer) -> Task:
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    setup = optimizer.settings.setup
+    return Task(program, adapter, optimizer.metric, carried_settings(), setup)
 
 
 def _make_groups(optimizer: Optimizer, student: dspy.Module) -> tuple[list[Group], list[Key]]:

@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from distill.config import RunConfig, Section
+from distill.config import OPEN_MODEL, SCRATCH, RunConfig, Section
 from serve.errors import ConfigurationError
 
 
@@ -110,21 +110,38 @@ def _resolve_paths(tree: dict[str, Any], folder: Path, overridden: set[str]) -> 
         given = any(path == key or path.startswith(f"{key}.") for key in overridden)
         return Path.cwd() if given else folder
 
-    def resolve(section: Any, key: str, path: str) -> None:
-        value = section.get(key) if isinstance(section, dict) else None
+    def located(value: Any, path: str) -> Any:
         if isinstance(value, str) and not _is_uri(value):
-            section[key] = os.path.normpath(base(path) / value)
+            return os.path.normpath(base(path) / value)
+        return value
+
+    def resolve(section: Any, key: str, path: str) -> None:
+        if isinstance(section, dict) and key in section:
+            section[key] = located(section[key], path)
 
     tree.setdefault("storage", "runs")
     resolve(tree, "storage", "storage")
     for key in ("train", "dev", "test"):
         resolve(tree.get("data"), key, f"data.{key}")
+    trace = tree.get("trace")
+    if isinstance(trace, dict) and isinstance(imports := trace.get("import"), list):
+        trace["import"] = [located(value, "trace.import") for value in imports]
     student = tree.get("student")
     if isinstance(student, dict) and isinstance(model := student.get("model"), str):
-        path = base("student.model") / Path(model).expanduser()
-        # A Hugging Face id looks like a relative path; a directory that is there wins.
-        if model.startswith((".", "/", "~")) or (model != "scratch" and path.is_dir()):
-            student["model"] = str(path)
+        student["model"] = _located_model(model, base("student.model"))
+    teacher = tree.get("teacher")
+    lm = teacher.get("lm") if isinstance(teacher, dict) else None
+    if isinstance(lm, dict) and isinstance(model := lm.get("model"), str):
+        prefix, found, name = model.partition(OPEN_MODEL)
+        if found and not prefix:
+            lm["model"] = OPEN_MODEL + _located_model(name, base("teacher.lm.model"))
+
+
+def _located_model(model: str, base: Path) -> str:
+    path = base / Path(model).expanduser()
+    # A Hugging Face id looks like a relative path; a directory that is there wins.
+    is_there = model not in ("", SCRATCH) and path.is_dir()
+    return str(path) if model.startswith((".", "/", "~")) or is_there else model
 
 
 def _is_uri(value: str) -> bool:
@@ -134,6 +151,7 @@ def _is_uri(value: str) -> bool:
 def _explain(error: Any, section: type[Section], name_key: Callable[[Sequence[str]], str]) -> str:
     keys = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
+        keys = [*(key for key in keys[:-1] if not _is_union_branch(key)), keys[-1]]
         known = _known_keys(section, keys[:-1])
         return f"{name_key(keys)}: unknown key; {_suggest(keys[-1], known)}"
     keys = [key for key in keys if not _is_union_branch(key)]
@@ -162,11 +180,18 @@ def _suggest(key: str, known: Sequence[str]) -> str:
 
 def _is_union_branch(key: str) -> bool:
     # pydantic names the branch of a union it tried as if it were a key.
-    return key in ("bool", "int", "float", "str") or "[" in key
+    return key in ("bool", "int", "float", "str", "range") or "[" in key
 
 
 def _known_keys(section: type[Section], keys: Sequence[str]) -> list[str]:
     model: Any = section
     for key in keys:
-        model = model.model_fields[key].annotation
-    return list(model.model_fields)
+        annotation = model.model_fields[key].annotation
+        # One of a union is the section; the others are plain values.
+        kinds = (getattr(kind, "__origin__", kind) for kind in get_args(annotation))
+        model = next((kind for kind in kinds if _is_section(kind)), annotation)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

@@ -51,6 +51,7 @@ class Profile:
     Attributes:
         state: The program's, as ``program_state`` gives it; None for a student of LM calls alone.
         program_path: Import path of its factory; None if it has none, as in a notebook.
+        setup: Import path of its setup hook; None if it has none.
         fingerprint: Changes with the program; see ``program_fingerprint``.
         inputs, outputs: The program's.
         predictors: Descriptions of the signatures of the predictors that the student answers.
@@ -61,6 +62,7 @@ class Profile:
 
     state: Mapping[str, Any] | None = None
     program_path: str | None = None
+    setup: str | None = None
     fingerprint: str | None = None
     inputs: Sequence[str] = ()
     outputs: Sequence[str] = ()
@@ -71,7 +73,7 @@ class Profile:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that a manifest takes over."""
-        return {
+        about = {
             "program": self.program_path,
             "inputs": list(self.inputs),
             "outputs": list(self.outputs),
@@ -80,6 +82,8 @@ class Profile:
             "folding": self.folding.to_json() if self.folding else None,
             "grammar": dict(self.grammar),
         }
+        # Not where there is none, so that a student without a hook is named as ever.
+        return {**about, "setup": self.setup} if self.setup else about
 
 
 def program_state(program: dspy.Module, exclude_demos: bool = False) -> dict[str, Any] | None:

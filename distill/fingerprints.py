@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import textwrap
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -16,11 +17,21 @@ from distill.datasets import canonical_json
 
 # What was asked so far, and DSPy's mark on what an optimizer has seen: neither changes an answer.
 _NO_STATE = {"history", "_compiled"}
+_OF_MODELS = {".json", ".safetensors", ".jinja"}
 
 
 def fingerprint(value: Any) -> str:
     """A short hash of JSON values."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
+
+
+def model_files(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells whether a folder holds the same model still: its files' names, sizes and times.
+
+    Weights are too large to be read for it.
+    """
+    files = (path for path in sorted(folder.iterdir()) if path.suffix in _OF_MODELS)
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def state_of(thing: Any) -> dict[str, Any]:

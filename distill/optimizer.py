@@ -8,25 +8,29 @@ them to each LM's provider and puts the students in place: the stages of ``pipel
 DSPy's own face. What there is to do is decided in ``compile_plan``.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dspy
 from dspy.clients.utils_finetune import TrainDataFormat
 from dspy.teleprompt import BootstrapFinetune
 
-from distill import cluster, summary
+from distill import cluster, compile_record, summary
 from distill.compile_checks import Settings
-from distill.compile_plan import Key, Plan, make_plan, trains_here
+from distill.compile_plan import Key, Plan, Teacher, make_plan, trains_here
+from distill.compile_record import CompileRecord
 from distill.compile_rows import Traces, make_training_rows
-from distill.evaluation.evaluate import scored_traces
 from distill.progress import ProgressReporter
 from distill.provider import reporting
 from distill.rundir import RunDir
-from distill.tracing.collect import Collection, collect
+from distill.tracing.collect import collect
+from distill.tracing.collection import Collection
+from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
-from distill.tracing.trace import total_usage
+from serve import temporary
 
 
 class RayBootstrapFinetune(BootstrapFinetune):
@@ -50,6 +54,9 @@ class RayBootstrapFinetune(BootstrapFinetune):
         trace: How the teachers are run, as ``trace`` of a configuration file.
         storage: Local folder or fsspec URI for all that a compile leaves behind.
         name: The run's folder in it; None is the name of the program's class.
+        setup: Called with the program once in each of Ray's processes that runs it, before its
+            first example, to give it what cannot be sent there: clients, connections. It may
+            be async. Where it can be imported, the served program is set up by it as well.
         strict_compat: Give training the very rows, in the order, that DSPy's own class
             would: full prompts, the teacher's instructions and demos, nothing held out.
 
@@ -72,6 +79,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
         trace: Mapping[str, Any] | None = None,
         storage: str = "runs",
         name: str | None = None,
+        setup: Callable[[dspy.Module], Any] | None = None,
         strict_compat: bool = False,
     ) -> None:
         super().__init__(metric, multitask, train_kwargs, adapter, exclude_demos, num_threads)
@@ -83,6 +91,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
             num_threads=num_threads,
             storage=storage,
             name=name,
+            setup=setup,
             strict_compat=strict_compat,
         )
 
@@ -113,6 +122,7 @@ class RayBootstrapFinetune(BootstrapFinetune):
         directory = RunDir(f"{self.settings.storage}/{plan.name}")
         directory.create()
         with cluster.connected():
+            temporary.sweep()
             plan = plan.fitted()
             with directory.locked(), reporting(directory) as progress:
                 jobs = self._make_jobs(plan, self._trace(plan, directory, progress), progress)
@@ -157,22 +167,23 @@ class RayBootstrapFinetune(BootstrapFinetune):
 
     def _trace(self, plan: Plan, directory: RunDir, progress: ProgressReporter) -> list[Traces]:
         """What each teacher did."""
+        store = TraceStore(directory.join("traces"))
+        jobs = [_collection(plan, teacher, store) for teacher in plan.teachers]
+        keys = list(itertools.chain.from_iterable(job.keys() for job in jobs))
+        record = CompileRecord(trace=plan.trace, has_metric=plan.has_metric, keys=keys)
+        compile_record.write(directory, record)
         found: list[Traces] = []
-        for teacher in plan.teachers:
-            usage = total_usage([trace.usage for traces in found for trace in traces.values()])
-            trace = plan.trace
-            job = Collection(
-                task=teacher.task,
-                lm=teacher.lm,
-                examples=[*plan.trainset, *plan.valset],
-                store=TraceStore(directory.join("traces")),
-                actors=trace.actors,
-                concurrency=trace.concurrency,
-                limits=Limits(trace.max_failure_rate, trace.budget_usd, usage.cost_usd or 0.0),
-            )
+        spent_usd = 0.0
+        for job in jobs:
+            job = dataclasses.replace(job, limits=Limits.of(plan.trace, spent_usd))
+            spending = job.spending()
             with progress.stage("trace") as stage:
                 collect(job, summary.show_tracing(stage))
-                found.append({trace.example_id: trace for trace in scored_traces(job)})
+                by_example = itertools.groupby(
+                    job.traces(spending), key=lambda trace: trace.example_id
+                )
+                found.append({name: list(runs) for name, runs in by_example})
+            spent_usd += spending.cost_usd
         return found
 
     def _make_jobs(
@@ -191,6 +202,25 @@ class RayBootstrapFinetune(BootstrapFinetune):
                     "train_kwargs": dict(group.train_kwargs),
                 }
         return jobs
+
+
+def _collection(plan: Plan, teacher: Teacher, store: TraceStore) -> Collection:
+    trace = plan.trace
+    return Collection(
+        task=teacher.task,
+        lm=teacher.lm,
+        examples=[*plan.trainset, *plan.valset],
+        store=store,
+        actors=trace.min_actors,
+        max_actors=trace.max_actors,
+        concurrency=trace.concurrency,
+        limits=Limits.of(trace),
+        calls=CallSettings.of(trace),
+        run=plan.name,
+        samples=trace.samples,
+        hints=trace.hints,
+        threshold=None if trace.keep == "all" else trace.metric_threshold,
+    )
 
 
 def _free(student: dspy.Module) -> None:

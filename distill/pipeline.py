@@ -8,19 +8,24 @@ they call.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dspy
 
-from distill import cluster, export, preflight, summary
+from distill import cluster, export, imports, open_teacher, preflight, summary
 from distill.config import SCRATCH, RunConfig
 from distill.datasets import count_leaks, example_id
 from distill.evaluation.evaluate import (
     for_student,
     run_arm,
-    scored_traces,
     student_lm,
     teacher_lm,
 )
@@ -30,11 +35,16 @@ from distill.fingerprints import fingerprint
 from distill.preflight import Inputs
 from distill.programs import Task, program_fingerprint
 from distill.progress import ProgressReporter
-from distill.rows import count_rejections, keep, predictor_prompts, render_rows
+from distill.rows import Row, RowCounts, predictor_prompts, stream_rows
 from distill.rundir import RunDir
-from distill.tracing.collect import Collection, LmSpec, collect
+from distill.selection import Selection
+from distill.tracing.actor import LmSpec
+from distill.tracing.collect import collect
+from distill.tracing.collection import Collection
+from distill.tracing.conductor import CallSettings
 from distill.tracing.limits import Limits
 from distill.tracing.store import TraceStore
+from serve import temporary
 from serve.cluster import capacity
 from serve.errors import TracingError, TrainingError
 
@@ -57,6 +67,7 @@ class Rows:
     val: str
     fingerprint: str
     outputs: Sequence[str]
+    spent_usd: float
     tracing: dict[str, Any]
     folding: dict[str, Any] | None
 
@@ -80,8 +91,9 @@ def opened(config: RunConfig, progress: ProgressReporter) -> Iterator[Run]:
     directory.create()
     with cluster.connected(log_to_driver=True):
         train = preflight.fitted_workers(config.train)
-        trace = preflight.fitted_actors(config.trace)
-        preflight.check_cluster(train, trace)
+        temporary.sweep()
+        trace = preflight.fitted_actors(config.trace, config.teacher)
+        preflight.check_cluster(train, trace, config.teacher)
         config = config.model_copy(update={"train": train, "trace": trace})
         directory.write_json("config.json", config.model_dump(mode="json"))
         yield Run(config, inputs, directory, progress)
@@ -90,38 +102,59 @@ def opened(config: RunConfig, progress: ProgressReporter) -> Iterator[Run]:
 def trace(run: Run) -> None:
     """Run the teacher over the trainset; every trace is durable in ``traces/``."""
     with run.progress.stage("trace") as stage, summary.timed(run.directory, "trace"):
-        collect(_teacher_job(run), summary.show_tracing(stage))
+        collect(teacher_job(run), summary.show_tracing(stage))
 
 
 def make_rows(run: Run) -> Rows:
     """Render the traces that are good enough to learn from, as ``rows/*.jsonl``."""
-    task, folding = run.inputs.task, run.inputs.folding
+    task, folding, config = run.inputs.task, run.inputs.folding, run.config.trace
+    selection, counts = Selection(config, has_metric=task.metric is not None), RowCounts()
+    job = teacher_job(run)
+    spending = job.spending()
+    render = functools.partial(
+        stream_rows,
+        prompts=predictor_prompts(task.program),
+        adapter=task.adapter,
+        counts=counts,
+        folding=folding,
+    )
     with run.progress.stage("rows") as stage:
-        traces = scored_traces(_teacher_job(run))
-        if not traces:
-            raise TracingError("There are no traces yet. Run raydistill trace first.")
-        kept = keep(traces, run.config.trace, has_metric=task.metric is not None)
-        rejected = count_rejections(traces, kept)
-        prompts = predictor_prompts(task.program)
-        rows, counts = render_rows(kept, prompts, task.adapter, folding)
-        dev = {example_id(example) for example in run.inputs.dev}
-        split = {
-            "train": [row.to_json() for row in rows if row.example_id not in dev],
-            "val": [row.to_json() for row in rows if row.example_id in dev],
-        }
-        if not split["train"]:
-            raise TracingError(summary.no_rows(traces, rejected))
-        for name, lines in split.items():
-            run.directory.write_jsonl(f"rows/{name}.jsonl", lines)
-        stage.update(1, 1, summary.describe_rows(len(rows), counts, rejected))
+        traced = render(selection.choose(job.traces(spending)))
+        imported = imports.rows(config.imports, render, counts, folding)
+        identity = _write_rows(run, itertools.chain(traced, imported), selection)
+        stage.update(1, 1, summary.describe_rows(counts, selection))
     return Rows(
         train=run.directory.join("rows/train.jsonl"),
         val=run.directory.join("rows/val.jsonl"),
-        fingerprint=fingerprint(split),
-        outputs=list(dict.fromkeys(name for trace in kept for name in trace.prediction or ())),
-        tracing=summary.tracing_section(run.directory, traces, len(kept), rejected),
+        fingerprint=identity,
+        outputs=list(selection.outputs),
+        spent_usd=spending.cost_usd,
+        tracing=summary.tracing_section(run.directory, selection, spending.by_predictor),
         folding=summary.folding_section(folding, counts),
     )
+
+
+def _write_rows(run: Run, rows: Iterable[Row], selection: Selection) -> str:
+    """Write the rows as they come, and return what names them."""
+    dev = {example_id(example) for example in run.inputs.dev}
+    hashes = {"train": hashlib.sha256(), "val": hashlib.sha256()}
+    written = Counter[str]()
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context(run.directory.writing(f"rows/{name}.jsonl"))
+            for name in hashes
+        }
+        for row in rows:
+            name = "val" if row.example_id in dev else "train"
+            line = json.dumps(row.to_json()) + "\n"
+            files[name].write(line)
+            hashes[name].update(line.encode())
+            written[name] += 1
+        if not selection.traces:
+            raise TracingError("There are no traces yet. Run raydistill trace first.")
+        if not written["train"]:
+            raise TracingError(summary.no_rows(selection))
+    return fingerprint({name: found.hexdigest() for name, found in hashes.items()})
 
 
 def train(run: Run, rows: Rows) -> None:
@@ -139,7 +172,7 @@ def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
             "configuration. Run raydistill train first."
         )
     report = build_report(
-        arms=_run_arms(run, job.identity(), spent_usd=rows.tracing["cost_usd"] or 0.0),
+        arms=_run_arms(run, job.identity(), rows.spent_usd),
         tracing=rows.tracing,
         training=summary.training_section(
             directory.read_json(f"{export.STUDENT}/{export.TRAINING}")
@@ -165,6 +198,7 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
         folding,
         state=export.program_state(task.program),
         program_path=config.program,
+        setup=config.setup,
         fingerprint=program_fingerprint(task),
         inputs=config.data.inputs,
         outputs=rows.outputs,
@@ -182,34 +216,53 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
 
 
 def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[ExampleResult] | None]:
-    config, test = run.config, run.inputs.test
-    teacher = teacher_lm(config.teacher.lm)
-    num_gpus = 1 if preflight.use_gpu(config.train) else 0
-    jobs = {"teacher": _teacher_job(run, test, spent_usd)}
-    models = {"student": (run.directory.join("student"), identity)}
+    config = run.config
+    models: dict[str, tuple[str, Any]] = {"student": (run.directory.join("student"), identity)}
     if config.student.model != SCRATCH:
         models["base"] = (config.student.model, preflight.base_fingerprint(config.student.model))
-    for name, (model, named) in models.items():
-        lm = student_lm(model, named, num_gpus, teacher)
-        jobs[name] = _job(run, for_student(run.inputs.task), lm, test, Limits())
-    return {
-        name: _run_arm(run, name, jobs[name]) if name in jobs else None
-        for name in ("teacher", "base", "student")
-    }
+    arms: dict[str, list[ExampleResult] | None] = {}
+    for name in ("teacher", "base", "student"):
+        if name == "teacher":
+            job = teacher_job(run, run.inputs.test, spent_usd)
+        elif name in models:
+            job = _student_job(run, *models[name], spent_usd)
+        else:
+            arms[name] = None
+            continue
+        job = dataclasses.replace(job, stage=f"evaluate {name}")
+        spending = job.spending()
+        with run.progress.stage(job.stage) as stage:
+            arms[name] = run_arm(job, summary.show_tracing(stage), spending)
+        spent_usd += spending.cost_usd
+    return arms
 
 
-def _run_arm(run: Run, name: str, job: Collection) -> list[ExampleResult]:
-    with run.progress.stage(f"evaluate {name}") as stage:
-        return run_arm(job, summary.show_tracing(stage))
+def _student_job(run: Run, model: str, identity: Any, spent_usd: float) -> Collection:
+    config = run.config
+    num_gpus = 1 if preflight.use_gpu(config.train) else 0
+    lm = student_lm(model, identity, num_gpus, teacher_lm(config.teacher.lm))
+    # Its own calls cost nothing, and may fail; its metric's are a teacher's.
+    limits = dataclasses.replace(Limits.of(config.trace, spent_usd), max_failure_rate=1.0)
+    return _job(run, for_student(run.inputs.task), lm, run.inputs.test, limits)
 
 
-def _teacher_job(
+def teacher_job(
     run: Run, examples: Sequence[dspy.Example] | None = None, spent_usd: float = 0.0
 ) -> Collection:
-    bounds = run.config.trace
-    limits = Limits(bounds.max_failure_rate, bounds.budget_usd, spent_usd)
-    chosen = [*run.inputs.train, *run.inputs.dev] if examples is None else examples
-    return _job(run, run.inputs.task, teacher_lm(run.config.teacher.lm), chosen, limits)
+    """The teacher's part: over the examples to learn from, or once over others.
+
+    Args:
+        run: The run.
+        examples: None is those to train and to validate on, with their samples and hints.
+        spent_usd: What the run has spent before.
+    """
+    trace, task = run.config.trace, run.inputs.task
+    limits, lm = Limits.of(trace, spent_usd), teacher_lm(run.config.teacher.lm)
+    if examples is not None:
+        return _job(run, task, lm, examples, limits)
+    job = _job(run, task, lm, [*run.inputs.train, *run.inputs.dev], limits)
+    threshold = None if trace.keep == "all" else trace.metric_threshold
+    return dataclasses.replace(job, samples=trace.samples, hints=trace.hints, threshold=threshold)
 
 
 def _job(
@@ -217,8 +270,21 @@ def _job(
 ) -> Collection:
     store = TraceStore(run.directory.join("traces"))
     trace = run.config.trace
-    actors = trace.actors
+    smallest, largest = trace.min_actors, trace.max_actors
     if lm.num_gpus:
         # More actors than GPUs would wait for one for ever, and their examples with them.
-        actors = min(actors, int(capacity("GPU") / lm.num_gpus))
-    return Collection(task, lm, examples, store, actors, trace.concurrency, limits)
+        largest = min(largest, int(capacity("GPU") / lm.num_gpus))
+        smallest = min(smallest, largest)
+    return Collection(
+        task=task,
+        lm=lm,
+        examples=examples,
+        store=store,
+        actors=smallest,
+        max_actors=largest,
+        concurrency=trace.concurrency,
+        limits=limits,
+        calls=CallSettings.of(trace),
+        run=run.config.name,
+        service=open_teacher.service(run.config.teacher, run.progress.note),
+    )

@@ -11,16 +11,22 @@ from typing import Any
 
 import dspy
 
-from distill import datasets, programs, rows
-from distill.config import SCRATCH, RunConfig, TraceConfig, TrainConfig
+from distill import datasets, imports, open_teacher, programs, rows
+from distill.config import (
+    SCRATCH,
+    ActorsConfig,
+    RunConfig,
+    TeacherConfig,
+    TraceConfig,
+    TrainConfig,
+)
 from distill.evaluation.evaluate import teacher_lm
+from distill.fingerprints import model_files
 from distill.programs import Task
 from distill.training.deepspeed_config import make_deepspeed_config
 from serve.cluster import capacity
 from serve.errors import ConfigurationError
 from serve.folding import Folding
-
-CHARS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,33 @@ def load(config: RunConfig) -> Inputs:
         ConfigurationError: One of them cannot work.
     """
     _check_teacher(config.teacher.lm)
-    task = programs.load_task(config.program, config.metric)
+    task, train, dev = load_traced(config)
     task.dumps()
-    train, dev = _training_data(config)
+    imports.check(config.trace.imports)
     test = datasets.load_examples(config.data.test, config.data)
     programs.check_inputs(task.program, config.data.inputs)
+    open_teacher.check_none_inside(task.program)
     prompts = rows.predictor_prompts(task.program)
     rendered = rows.check_renderable(prompts, task.adapter)
+    if open_teacher.is_open(config.teacher.lm):
+        open_teacher.check(config.teacher.lm, rendered)
     folding = None
     if config.student.prompt == "folded":
         folding = Folding.learn(prompts, task.adapter)
     check_training(config.student.model, config.train, rendered if _any_full(folding) else ())
     return Inputs(task, train, dev, test, folding)
+
+
+def load_traced(
+    config: RunConfig,
+) -> tuple[Task, Sequence[dspy.Example], Sequence[dspy.Example]]:
+    """The program, and the examples that it is traced on: those to train and to validate on.
+
+    Raises:
+        ConfigurationError: One of them cannot be loaded.
+    """
+    task = programs.load_task(config.program, config.metric, config.setup)
+    return task, *_training_data(config)
 
 
 def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messages] = ()) -> None:
@@ -82,21 +103,36 @@ def fitted_workers(train: TrainConfig) -> TrainConfig:
     return train.model_copy(update={"num_workers": max(1, min(train.num_workers, room))})
 
 
-def fitted_actors(trace: TraceConfig) -> TraceConfig:
-    """The same, with no more actors than the cluster holds unless their number was given."""
-    if "actors" in trace.model_fields_set:
+def fitted_actors(
+    trace: TraceConfig, teacher: TeacherConfig | None = None, in_flight: int | None = None
+) -> TraceConfig:
+    """The same, with no more actors than the cluster holds unless their number was given.
+
+    Args:
+        trace: How the teacher is run.
+        teacher: Takes its part of the cluster, if it is one that the run serves.
+        in_flight: Examples in flight in all; None is ``concurrency`` for each actor.
+    """
+    taken = open_teacher.num_cpus(teacher) if teacher else 0
+    fitting = max(1, int(capacity("CPU")) - taken)
+    if "actors" not in trace.model_fields_set:
+        trace = trace.model_copy(update={"actors": min(trace.max_actors, fitting)})
+    if in_flight is None:
         return trace
-    return trace.model_copy(update={"actors": max(1, min(trace.actors, int(capacity("CPU"))))})
+    most = min(trace.max_actors, max(trace.min_actors, fitting), in_flight)
+    actors = ActorsConfig(min=min(trace.min_actors, most), max=most)
+    return trace.model_copy(update={"actors": actors, "concurrency": in_flight // most})
 
 
-def check_cluster(train: TrainConfig, trace: TraceConfig) -> None:
+def check_cluster(train: TrainConfig, trace: TraceConfig, teacher: TeacherConfig) -> None:
     """Check that the connected cluster can hold the run.
 
     Raises:
-        ConfigurationError: More workers or actors are asked for than fit.
+        ConfigurationError: More workers, actors or replicas are asked for than fit.
     """
     check_workers(train)
     check_actors(trace)
+    _check_beside(trace, teacher)
 
 
 def check_actors(trace: TraceConfig) -> None:
@@ -105,7 +141,7 @@ def check_actors(trace: TraceConfig) -> None:
     Raises:
         ConfigurationError: It cannot.
     """
-    _check_fits("trace.actors", trace.actors, "CPU")
+    _check_fits("trace.actors", trace.min_actors, "CPU")
 
 
 def check_workers(train: TrainConfig) -> None:
@@ -122,25 +158,6 @@ def use_gpu(train: TrainConfig) -> bool:
     if train.use_gpu == "auto":
         return capacity("GPU") > 0
     return train.use_gpu
-
-
-def estimate(inputs: Inputs) -> dict[str, Any]:
-    """Calls and prompt tokens of tracing, from rendered prompts; no teacher is called.
-
-    Every predictor is taken to be called once an example, and a token to be four
-    characters, so loops and branches are not seen.
-    """
-    program, adapter = inputs.task.program, inputs.task.adapter
-    prompts = rows.check_renderable(rows.predictor_prompts(program), adapter)
-    num_examples = len(datasets.distinct([*inputs.train, *inputs.dev, *inputs.test]))
-    characters = sum(len(str(message["content"])) for prompt in prompts for message in prompt)
-    values = [sum(len(str(v)) for v in e.inputs().toDict().values()) for e in inputs.train]
-    per_example = characters + len(prompts) * sum(values) / len(values)
-    return {
-        "examples": num_examples,
-        "teacher_calls": num_examples * len(prompts),
-        "prompt_tokens": round(num_examples * per_example / CHARS_PER_TOKEN),
-    }
 
 
 def _training_data(config: RunConfig) -> tuple[list[dspy.Example], list[dspy.Example]]:
@@ -163,8 +180,7 @@ def base_fingerprint(model: str) -> Any:
     folder = Path(model)
     if not folder.is_dir():
         return model
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return [model, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
+    return [model, *model_files(folder)]
 
 
 def _any_full(folding: Folding | None) -> bool:
@@ -174,10 +190,28 @@ def _any_full(folding: Folding | None) -> bool:
 def _check_teacher(settings: dict[str, Any]) -> None:
     try:
         teacher_lm(settings).make()
+    except ConfigurationError:
+        raise  # It says itself what is wrong.
     except Exception as error:
         raise ConfigurationError(
             f"teacher.lm={settings} is not what dspy.LM takes: {error}"
         ) from error
+
+
+def _check_beside(trace: TraceConfig, teacher: TeacherConfig) -> None:
+    """Check that the teacher's replicas and the actors that ask them fit together."""
+    replicas, taken = teacher.num_replicas, open_teacher.num_cpus(teacher)
+    if not taken:
+        return
+    needed, found = taken + trace.min_actors, int(capacity("CPU"))
+    if needed > found:
+        raise ConfigurationError(
+            f"teacher.num_replicas={replicas} and trace.actors={trace.min_actors} need {needed} "
+            f"CPUs together; the cluster has {found}. Lower one of them or add CPU nodes in "
+            "cluster.yaml."
+        )
+    if capacity("GPU") >= 1:
+        _check_fits("teacher.num_replicas", replicas, "GPU")
 
 
 def _check_fits(key: str, asked: int, kind: str) -> None:

@@ -10,14 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import cloudpickle
 import dspy
 
+from distill import secrets, unpicklable
 from distill.datasets import canonical_json
 from distill.fingerprints import code_of, fingerprint, plain, state_of
 from serve.dspy_lm import lm_identity
 from serve.errors import ConfigurationError
-from serve.programs import build_program, describe_signature, entry_point, import_object
+from serve.programs import (
+    Setup,
+    build_program,
+    describe_signature,
+    entry_point,
+    import_object,
+    import_setup,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,45 +55,49 @@ class Task:
     """What is run over examples: the program, the adapter that renders it, the metric.
 
     ``settings`` are those of DSPy's that the program may read, such as its retriever ``rm``.
+    ``setup`` is called with the program once in each process that runs it; see
+    ``serve.programs.set_up``.
     """
 
     program: dspy.Module
     adapter: dspy.Adapter
     metric: Metric | None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    setup: Setup | None = None
     metric_identity: str | None = dataclasses.field(init=False, default=None)
     """Names the metric as the driver knows it: a worker may have no source to look at."""
 
     def __post_init__(self) -> None:
         if self.metric is not None:
-            object.__setattr__(self, "metric_identity", metric_fingerprint(self.metric))
+            object.__setattr__(self, "metric_identity", code_fingerprint(self.metric))
 
     def dumps(self) -> bytes:
-        """The task as bytes that another process can load.
+        """The task as bytes, without API keys, for ``secrets.loads`` in another process.
 
         Raises:
             ConfigurationError: It holds something that cannot be carried; the message
                 names the attribute.
         """
         try:
-            return cloudpickle.dumps(self)
+            return secrets.dumps(self)
         except Exception as error:
-            culprit = self._unpicklable()
             raise ConfigurationError(
-                f"{culprit} cannot be sent to Ray's workers: {error}. Create clients, locks and "
-                "open files when the program first needs them, not in __init__."
+                f"{self._culprit()} cannot be sent to Ray's workers ({error}). Leave clients, "
+                "connections, locks and open files out of the program and make them in a setup "
+                "hook, a function (program) that is called once in each process: give setup."
             ) from error
 
-    def _unpicklable(self) -> str:
+    def _culprit(self) -> str:
         """What it is that cannot be carried."""
-        settings = SimpleNamespace(**self.settings)
-        rest = SimpleNamespace(metric=self.metric, adapter=self.adapter)
-        return (
-            _unpicklable(self.program, "program")
-            or _unpicklable(settings, "dspy.settings")
-            or _unpicklable(rest, "the task's")
-            or "the program"
-        )
+        parts = {
+            "program": self.program,
+            "setup": self.setup,
+            "metric": self.metric,
+            "adapter": self.adapter,
+            "dspy.settings": SimpleNamespace(**self.settings),
+        }
+        found = (unpicklable.find(part, name) for name, part in parts.items())
+        return next(filter(None, found), "program")
 
 
 def import_path(program: dspy.Module) -> str | None:
@@ -107,6 +118,16 @@ def import_path(program: dspy.Module) -> str | None:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def hook_path(setup: Setup) -> str | None:
+    """The import path of a setup hook, where it has one."""
+    module, name = getattr(setup, "__module__", None), getattr(setup, "__qualname__", "<none>")
+    path = f"{module}:{name}"
+    if module in (None, "__main__") or "<" in name or import_object(path, "setup") is not setup:
+        logger.info("setup=%s cannot be imported, so the program is not served.", name)
+        return None
+    return path
+
+
 def carried_settings() -> dict[str, Any]:
     """What a program may read of DSPy's settings as they are here, for another process."""
     return {
@@ -116,11 +137,11 @@ def carried_settings() -> dict[str, Any]:
     }
 
 
-def load_task(program_path: str, metric_path: str | None) -> Task:
-    """Import and build a program and its metric.
+def load_task(program_path: str, metric_path: str | None, setup_path: str | None = None) -> Task:
+    """Import and build a program, and import its metric and its setup hook.
 
     Raises:
-        ConfigurationError: Either cannot be imported, or is not what it should be.
+        ConfigurationError: One cannot be imported, or is not what it should be.
     """
     program = build_program(program_path)
     if not program.predictors():
@@ -131,8 +152,10 @@ def load_task(program_path: str, metric_path: str | None) -> Task:
             f"metric: {metric_path} is a {type(metric).__name__}; expected a function "
             "(example, prediction, trace=None)."
         )
+    setup = import_setup(setup_path) if setup_path else None
     # A program may set its adapter when it is imported or built.
-    return Task(program, dspy.settings.adapter or dspy.ChatAdapter(), metric, carried_settings())
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    return Task(program, adapter, metric, carried_settings(), setup)
 
 
 def check_inputs(program: dspy.Module, inputs: Sequence[str], setting: str = "data.inputs") -> None:
@@ -169,7 +192,7 @@ def check_inputs(program: dspy.Module, inputs: Sequence[str], setting: str = "da
 
 
 def program_fingerprint(task: Task) -> str:
-    """Changes when the program's answers may: its state, signatures, adapter or code.
+    """Changes when the program's answers may: its state, signatures, adapter, code or setup.
 
     The state is whatever its modules hold that has a JSON form, and their LMs. Comments,
     formatting and docstrings of methods count for nothing; what functions outside of its
@@ -191,7 +214,9 @@ def program_fingerprint(task: Task) -> str:
     code = sorted(canonical_json(code_of(kind)) for kind in own_kinds)
     adapter = [type(task.adapter).__qualname__, state_of(task.adapter)]
     settings = {name: [plain(value), state_of(value)] for name, value in task.settings.items()}
-    return fingerprint([predictors, state, code, adapter, settings])
+    # As the program's code, its hook decides what answers it gives: which index it asks.
+    setup = [code_fingerprint(task.setup)] if task.setup else []
+    return fingerprint([predictors, state, code, adapter, settings, *setup])
 
 
 def _own_modules(program: dspy.Module) -> dict[str, dspy.Module]:
@@ -204,28 +229,17 @@ def _own_state(program: dspy.Module) -> dict[str, dict[str, Any]]:
     return {name: state_of(module) for name, module in _own_modules(program).items()}
 
 
-def metric_fingerprint(metric: Metric) -> str:
-    """Changes when the metric's code does, or what it uses of where it was defined."""
-    if not inspect.isfunction(metric):
-        return fingerprint(code_of(metric))
-    used = inspect.getclosurevars(metric)
+def code_fingerprint(function: Callable[..., Any]) -> str:
+    """Changes when a metric's or a hook's code does, or what it uses of where it was defined."""
+    if not inspect.isfunction(function):
+        return fingerprint(code_of(function))
+    used = inspect.getclosurevars(function)
     around = {
         name: code_of(value) if inspect.isfunction(value) else plain(value)
         for name, value in {**used.globals, **used.nonlocals}.items()
     }
-    return fingerprint([code_of(metric), around])
+    return fingerprint([code_of(function), around])
 
 
 def _is_dspys(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "dspy"
-
-
-def _unpicklable(value: Any, path: str, depth: int = 4) -> str | None:
-    for name, attribute in getattr(value, "__dict__", {}).items():
-        try:
-            cloudpickle.dumps(attribute)
-        # Asked only which attribute it is; the caller raises the error with its cause.
-        except Exception:
-            inner = _unpicklable(attribute, f"{path}.{name}", depth - 1) if depth else None
-            return inner or f"{path}.{name} ({type(attribute).__name__})"
-    return None

@@ -162,7 +162,10 @@ class RayProvider(Provider):
         base = full_name(student_of(model))
         kwargs = self.check(model, train_kwargs or {})
         directory = self._directory(kwargs)
+        from serve import temporary
+
         with turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:
+            temporary.sweep()
             train = preflight.fitted_workers(kwargs.train)
             preflight.check_workers(train)
             task = self._prepare(base, rows, train, directory, progress)

@@ -1,19 +1,18 @@
 """Traces become rows: one training conversation for each predictor call.
 
 Pure: rendered through the program's own adapter, then folded where folding is on and
-matches. Which traces are kept is decided here as well.
+matches. Which traces become rows is decided in ``selection``.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import dspy
 
-from distill.config import TraceConfig
-from distill.tracing.trace import FailureKind, PredictorCall, Trace, passes
+from distill.tracing.trace import PredictorCall, Trace
 from distill.tracing.values import revive
 from serve.errors import ConfigurationError
 from serve.folding import Folding
@@ -41,34 +40,23 @@ class Row:
 
 @dataclass
 class RowCounts:
-    """What became of the calls that did not become rows, or only full ones."""
+    """What became of the calls: rows, folded or full, or nothing and why."""
 
     folded: int = 0
     full: int = 0
+    imported: int = 0
+    """Of these."""
     unknown_predictor: int = 0
     missing_output: int = 0
     unrenderable: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: "RowCounts") -> None:
-        """Count what another rendering has counted as well."""
-        for name in ("folded", "full", "unknown_predictor", "missing_output"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.unrenderable += other.unrenderable
-
-
-def keep(traces: Iterable[Trace], config: TraceConfig, has_metric: bool) -> list[Trace]:
-    """The traces to learn from: finished ones that pass the metric, if it filters."""
-    finished = [trace for trace in traces if trace.failure is None]
-    if not has_metric or config.keep == "all":
-        return finished
-    return [trace for trace in finished if passes(trace.score, config.metric_threshold)]
-
-
-def count_rejections(traces: Sequence[Trace], kept: Sequence[Trace]) -> dict[str, int]:
-    """How many of the traces are not among the kept ones, by reason."""
-    chosen = {id(trace) for trace in kept}
-    reasons = Counter(_reason(trace) for trace in traces if id(trace) not in chosen)
-    return {reason: reasons[reason] for reason in ("metric", "parse", "error")}
+    def counted(self, row: Row) -> Row:
+        """The row, counted."""
+        if row.folded:
+            self.folded += 1
+        else:
+            self.full += 1
+        return row
 
 
 def predictor_prompts(program: dspy.Module, exclude_demos: bool = False) -> Prompts:
@@ -115,28 +103,34 @@ def render_rows(
     adapter: dspy.Adapter,
     folding: Folding | None = None,
 ) -> tuple[list[Row], RowCounts]:
+    """All rows at once, and what was counted; see ``stream_rows``."""
+    counts = RowCounts()
+    return list(stream_rows(traces, prompts, adapter, counts, folding)), counts
+
+
+def stream_rows(
+    traces: Iterable[Trace],
+    prompts: Prompts,
+    adapter: dspy.Adapter,
+    counts: RowCounts,
+    folding: Folding | None = None,
+) -> Iterator[Row]:
     """One row for each predictor call, in order.
 
     Args:
         traces: The traces to learn from.
         prompts: The predictors whose calls are rendered, and how.
         adapter: Renders prompts and answers.
+        counts: Counts what becomes of the calls.
         folding: None leaves the prompts full.
     """
-    rows, counts = [], RowCounts()
     for trace in traces:
         for call in trace.calls:
             prompt = prompts.get(call.predictor or "")
             if prompt is None:
                 counts.unknown_predictor += 1
-            else:
-                row = _render(call, *prompt, adapter, trace.example_id, counts)
-                rows.extend([row] if row else [])
-    if folding:
-        rows = [fold_row(row, folding) for row in rows]
-    counts.folded = sum(row.folded for row in rows)
-    counts.full = len(rows) - counts.folded
-    return rows, counts
+            elif row := _render(call, *prompt, adapter, trace.example_id, counts):
+                yield counts.counted(fold_row(row, folding) if folding else row)
 
 
 def fold_row(row: Row, folding: Folding) -> Row:
@@ -170,12 +164,6 @@ def _render(
         return None
     messages = [*prompt, {"role": "assistant", "content": answer}]
     return Row(messages, call.predictor or "", example_id, folded=False)
-
-
-def _reason(trace: Trace) -> str:
-    if trace.failure is not None:
-        return "parse" if trace.failure.kind is FailureKind.PARSE else "error"
-    return "error" if trace.score and trace.score.error else "metric"
 
 
 def _says_none(

@@ -4,20 +4,22 @@ Owns names and atomic writes. What the files mean is for the stages that write t
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from serve.errors import ConfigurationError
+from serve.errors import ConfigurationError, StorageError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class RunDir:
@@ -43,13 +45,35 @@ class RunDir:
 
         Raises:
             ConfigurationError: It cannot.
+            StorageError: There is no room.
         """
         try:
-            self._fs.makedirs(self._root, exist_ok=True)
-            self.write_text(".writable", "")
-            self._fs.rm(f"{self._root}/.writable")
+            with self.guarded():
+                self._fs.makedirs(self._root, exist_ok=True)
+                self.write_text(".writable", "")
+                self._fs.rm(f"{self._root}/.writable")
         except OSError as error:
-            raise ConfigurationError(f"storage: {self.uri} cannot be written: {error}") from None
+            raise ConfigurationError(
+                f"storage: {self.uri} cannot be written ({error.strerror or error}). Make it "
+                "writable, or choose another storage."
+            ) from None
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around whatever writes to the directory: say plainly that there is no room.
+
+        Raises:
+            StorageError: In the place of the OSError that says so.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise StorageError(
+                f"{error.filename or self.uri}: cannot be written ({error.strerror}). Make room "
+                "and run the same command again; it goes on from what is there."
+            ) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -93,23 +117,32 @@ class RunDir:
 
     def write_jsonl(self, name: str, values: Iterable[Mapping[str, Any]]) -> None:
         """Write JSON lines at once."""
-        lines = (json.dumps(value) + "\n" for value in values)
-        self.write_text(name, "".join(lines))
+        with self.writing(name) as file:
+            file.writelines(json.dumps(value) + "\n" for value in values)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file at once."""
-        path = f"{self._root}/{name}"
-        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        if not self.is_local:
-            # Object stores replace whole objects, so a plain write is atomic there.
-            self._fs.pipe_file(path, text.encode())
-            return
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
+        with self.writing(name) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[IO[str]]:
+        """A text file to fill; a reader sees the old one, or, once it is left, the new one."""
+        path = Path(self._root, name) if self.is_local else None
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path and path.parent) as folder:
+            temporary = Path(folder) / Path(name).name
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if path:
+                os.replace(temporary, path)
+                return
+            # Object stores replace whole objects, so a plain write is atomic there.
+            self._fs.makedirs(f"{self._root}/{name}".rsplit("/", 1)[0], exist_ok=True)
+            self._fs.put_file(str(temporary), f"{self._root}/{name}")
 
     @contextlib.contextmanager
     def replacing(self, name: str, seal: str) -> Iterator[Path]:

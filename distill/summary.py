@@ -1,10 +1,10 @@
 """What the stages say of themselves: a line on the terminal, a section in the report."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,13 +13,15 @@ from distill.preflight import Inputs
 from distill.progress import ProgressReporter, Stage
 from distill.rows import RowCounts
 from distill.rundir import RunDir
+from distill.selection import SURPLUS, Selection
 from distill.tracing.collect import OnProgress
 from distill.tracing.limits import Counts
-from distill.tracing.trace import Trace, total_usage
+from distill.tracing.trace import Usage, total_usage
 from serve.folding import Folding
 
 PACKAGES = ("raydistill", "ray", "dspy", "torch", "transformers", "deepspeed")
 TIMES = "times.json"
+_WORDS = {SURPLUS: "surplus traces of an example"}
 
 
 @contextlib.contextmanager
@@ -43,11 +45,12 @@ def show_tracing(stage: Stage) -> OnProgress:
         text = f"{counts.finished - counts.failed} ok, {counts.failed} failed"
         if calls:
             text += f", {calls} calls ({rate:.0f}/s)"
+        if counts.tokens:
+            text += f", {counts.tokens:,} tokens"
         if counts.cost_usd:
             text += f", ${counts.cost_usd:.4f}"
-        stage.update(
-            counts.finished, total, text, failed=counts.failed, calls=calls, cost=counts.cost_usd
-        )
+        fields = {"failed": counts.failed, "calls": calls, "tokens": counts.tokens}
+        stage.update(counts.finished, total, text, **fields, cost=counts.cost_usd)
 
     return show
 
@@ -74,17 +77,18 @@ def describe_inputs(inputs: Inputs) -> str:
     )
 
 
-def describe_rows(num_rows: int, counts: RowCounts, rejected: Mapping[str, int]) -> str:
+def describe_rows(counts: RowCounts, selection: Selection) -> str:
     """The rows in a line, with what was left out and why."""
-    return ", ".join(
-        [f"{num_rows} rows, {counts.folded} folded", *describe_left_out(counts, rejected)]
-    )
+    parts = [f"{counts.folded + counts.full} rows, {counts.folded} folded"]
+    parts += [f"{counts.imported} imported"] if counts.imported else []
+    parts += [f"{selection.hinted} traces with a hint"] if selection.hinted else []
+    return ", ".join([*parts, *describe_left_out(counts, selection.rejections())])
 
 
 def describe_left_out(counts: RowCounts, rejected: Mapping[str, int]) -> list[str]:
     """What did not become rows, and why."""
     left_out = {
-        **{f"rejected by {reason}": count for reason, count in rejected.items()},
+        **{_WORDS.get(why, f"rejected by {why}"): count for why, count in rejected.items()},
         "calls of no known predictor": counts.unknown_predictor,
         "calls without an output": counts.missing_output,
         "calls that cannot be rendered": sum(counts.unrenderable.values()),
@@ -104,33 +108,35 @@ def describe_training(result: Any) -> str:
     return ", ".join(parts)
 
 
-def no_rows(traces: Sequence[Trace], rejected: Mapping[str, int]) -> str:
+def no_rows(selection: Selection) -> str:
     """The message of a run that has nothing to learn from."""
-    reasons = ", ".join(f"{count} by {reason}" for reason, count in rejected.items() if count)
-    failures = [trace.failure.message for trace in traces if trace.failure]
-    errors = [trace.score.error for trace in traces if trace.score and trace.score.error]
-    common = Counter([*failures, *errors]).most_common(1)
-    example = "".join(f" The most common error: {error}." for error, _ in common)
+    reasons = ", ".join(f"{n} by {reason}" for reason, n in selection.rejections().items() if n)
+    example = "".join(
+        f" The most common error: {error}." for error, _ in selection.errors.most_common(1)
+    )
     return (
-        f"None of {len(traces)} traces is good enough to learn from; rejected: "
+        f"None of {selection.traces} traces is good enough to learn from; rejected: "
         f"{reasons or 'none, but no call could be rendered'}.{example} Look at the metric (or set "
         "trace.keep=all) and run it again; traces are kept."
     )
 
 
 def tracing_section(
-    directory: RunDir, traces: Sequence[Trace], kept: int, rejected: Mapping[str, int]
+    directory: RunDir, selection: Selection, usages: Mapping[str, Usage]
 ) -> dict[str, Any]:
-    """The report's ``tracing``."""
-    usage = total_usage([trace.usage for trace in traces])
+    """The report's ``tracing``; ``usages`` by predictor."""
+    usage = total_usage(list(usages.values()))
     return {
-        "examples": len(traces),
-        "kept": kept,
-        "rejected": dict(rejected),
+        "examples": selection.examples,
+        "traces": selection.traces,
+        "kept": selection.kept,
+        "hinted": selection.hinted,
+        "rejected": selection.rejections(),
         "teacher_calls": usage.calls,
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "cost_usd": usage.cost_usd,
+        "by_predictor": {name: dataclasses.asdict(each) for name, each in usages.items()},
         "seconds": (directory.read_json(TIMES) or {}).get("trace"),
     }
 

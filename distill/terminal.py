@@ -4,6 +4,7 @@ Ray, DeepSpeed and torch print from threads and native code, so the split is mad
 file descriptors: ours is a copy of the terminal's, theirs are pointed at the log.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -41,8 +42,10 @@ class Terminal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # A log that cannot be written must not hide why the command has ended.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         for saved, number in zip(self._saved, (STDOUT, STDERR), strict=True):
             os.dup2(saved, number)
             os.close(saved)

@@ -102,11 +102,15 @@ def run(args: AppArgs, host: str = "127.0.0.1", port: int = 8000) -> Server:
 
 
 def _check_http() -> None:
-    if running.is_serving() and not ray.serve.status().proxies:
+    if not running.is_serving() or ray.serve.status().proxies:
+        return
+    if ray.serve.status().applications:
         raise ConfigurationError(
             "Ray Serve runs on this cluster without HTTP, as it does for launched students. Kill "
             "those first (lm.kill()), or serve on another cluster."
         )
+    # Nobody uses it any more, and it cannot be given HTTP as it runs.
+    ray.serve.shutdown()
 
 
 def serve_yaml(args: AppArgs, host: str = "127.0.0.1", port: int = 8000) -> str:

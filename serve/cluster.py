@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import ray
 import ray._private.state
+import ray._private.worker
 
 from serve.errors import ConfigurationError
 
@@ -46,6 +47,12 @@ def connect(*, log_to_driver: bool = False) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def is_own() -> bool:
+    """Whether this process has started the cluster that it is connected to."""
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
 
 
 def capacity(resource: str) -> float:

@@ -27,10 +27,30 @@ class TraceStoreError(DistillError, RuntimeError):
     """The trace store on disk does not hold what it should."""
 
 
+class StorageError(DistillError, RuntimeError):
+    """There is no room for what a run leaves behind."""
+
+
 class BudgetExceeded(DistillError, RuntimeError):
     """The run stopped at its budget; running it again goes on from there."""
 
     exit_code = 3
+
+
+class CallPrevented(DistillError, RuntimeError):
+    """An LM call that was not made, since no call of the run is made any more.
+
+    Args:
+        message: Why, in words.
+        stop: Names why.
+    """
+
+    def __init__(self, message: str, stop: str = "") -> None:
+        super().__init__(message, stop)
+        self.stop = stop
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class TrainingError(DistillError, RuntimeError):

@@ -8,7 +8,7 @@ import hashlib
 
 import ray
 import ray.serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -51,6 +51,9 @@ def completing(student: DeploymentHandle) -> Complete:
             raise Overloaded(str(error)) from error
         except DeploymentUnavailableError as error:
             raise Gone(f"{student.app_name} does not run any more; try again.") from error
+        except RayActorError as error:
+            # Serve puts another one in its place.
+            raise Overloaded(f"A replica of {student.app_name} died; try again.") from error
         except RayTaskError as error:
             # Its own text is the replica's whole traceback.
             if isinstance(error.cause, RequestError):

@@ -13,9 +13,10 @@ import dspy
 
 from serve.dspy_lm import student_adapter, student_lm
 from serve.engines.base import Complete
-from serve.programs import allow_threads, as_prediction, runs_async
+from serve.programs import as_prediction, runs_async, set_up
 from serve.schema import Form, input_form, output_form, to_json
 from serve.student import load_student
+from serve.threads import allow_threads
 
 
 class ProgramRunner:
@@ -36,6 +37,7 @@ class ProgramRunner:
         student = load_student(student_dir)
         manifest = student.manifest
         self._program = student.program
+        self._setup = student.setup
         self._adapter = student_adapter(student.adapter)
         self._complete = complete
         self._name = name
@@ -43,6 +45,15 @@ class ProgramRunner:
         self._outputs = manifest.outputs
         self.input_form: type[Form] = input_form(self._program, manifest.inputs)
         self.output_form: type[Form] = output_form(self._program, manifest.outputs)
+
+    async def start(self) -> None:
+        """Set the program up; before the first run, on the same loop.
+
+        Raises:
+            ConfigurationError: Its setup hook raised.
+        """
+        if self._setup is not None:
+            await set_up(self._program, self._setup)
 
     async def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The program's outputs as JSON values; null for one that it did not set.

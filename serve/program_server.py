@@ -45,8 +45,10 @@ class ProgramServer:
         if Manifest.load(student_dir).program is not None:
             self._runner = ProgramRunner(student_dir, self._complete, concurrency, name)
 
-    def __serve_build_asgi_app__(self) -> Any:
+    async def __serve_build_asgi_app__(self) -> Any:
         """The routes; Ray Serve asks for them once, on the replica."""
+        if self._runner is not None:
+            await self._runner.start()
         return http_api.build(self._runner, self._complete, self._status, self._name, self._api_key)
 
     async def _status(self) -> dict[str, int]:

@@ -8,17 +8,18 @@ import importlib
 import inspect
 import os
 import sys
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pydantic
-import tqdm
 
 from serve.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import dspy
+
+Setup = Callable[["dspy.Module"], Any]
+"""Gives a program what cannot be carried to another process; see ``set_up``."""
 
 RETURNED = "returned"
 """The output of a program that does not return a ``dspy.Prediction``."""
@@ -76,6 +77,56 @@ def build_program(path: str) -> "dspy.Module":
     return program
 
 
+def import_setup(path: str) -> Setup:
+    """Import a setup hook.
+
+    Raises:
+        ConfigurationError: It does not import, or is no function of a program.
+    """
+    hook = import_object(path, "setup")
+    check_setup(hook, path)
+    return hook
+
+
+def check_setup(hook: Any, name: str) -> None:
+    """See that a setup hook can be called with a program; ``name`` is what the error calls it.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    try:
+        inspect.signature(hook).bind(None)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"setup: {name} cannot be called with the program ({error}). Expected a function "
+            "(program), which may be async."
+        ) from None
+    except ValueError:
+        return  # A builtin does not say what it takes.
+
+
+async def set_up(program: "dspy.Module", hook: Setup) -> None:
+    """Call a setup hook with the program, before the program is first run in this process.
+
+    The hook changes the program in place; what it returns is awaited if it can be, and not
+    looked at.
+
+    Raises:
+        ConfigurationError: The hook raised.
+    """
+    try:
+        returned = hook(program)
+        if inspect.isawaitable(returned):
+            await returned
+    # The hook is the user's code.
+    except Exception as error:
+        name = getattr(hook, "__qualname__", type(hook).__qualname__)
+        raise ConfigurationError(
+            f"setup: {name}(program) raised {type(error).__name__}: {error}{_place(error)}. It is "
+            "called in each process that runs the program, with that node's files and environment."
+        ) from error
+
+
 def as_prediction(returned: Any) -> "dspy.Prediction":
     """What a program returned, as a prediction: programs may return anything."""
     import dspy
@@ -83,23 +134,6 @@ def as_prediction(returned: Any) -> "dspy.Prediction":
     if isinstance(returned, dspy.Prediction):
         return returned
     return dspy.Prediction(**{RETURNED: returned})
-
-
-def allow_threads() -> None:
-    """Let programs that use ``dspy.Parallel`` run in several threads of this process at once.
-
-    It empties tqdm's set of progress bars before it begins, and with it those of the other
-    threads, which then fail with ``KeyError: <weakref ... to 'tqdm'>``.
-    """
-    if not isinstance(tqdm.tqdm._instances, _Bars):
-        tqdm.tqdm._instances = _Bars()
-
-
-class _Bars(weakref.WeakSet[Any]):
-    """Progress bars, each of which takes itself out at its end."""
-
-    def clear(self) -> None:
-        """Leave them in."""
 
 
 def runs_async(program: "dspy.Module") -> bool:

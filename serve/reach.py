@@ -86,6 +86,13 @@ def forget(student: str) -> None:
         _reached.pop(full_name(student), None)
 
 
+def in_this_job(model: str) -> Reached:
+    """A model that is served for this Ray job, looked for at the first request."""
+    from serve.temporary import complete
+
+    return Reached(complete(model), _loop())
+
+
 def _launched(student: str) -> Reached | None:
     # What is connected to Ray has imported it.
     if "ray" not in sys.modules:

@@ -25,8 +25,11 @@ def connect(started: ExitStack) -> None:
 
 
 def start_serve(started: ExitStack, proxy_location: str, **http_options: Any) -> None:
-    """Have Serve run. One that runs already keeps its own options."""
-    if not is_serving():
+    """Have Serve run. One that runs already keeps its own options.
+
+    On a cluster of others it stays: whoever is about to deploy to it cannot be seen.
+    """
+    if not is_serving() and cluster.is_own():
         started.callback(_stop_serve)
     ray.serve.start(
         proxy_location=proxy_location,
@@ -56,7 +59,8 @@ def deploy(
 
 def delete(name: str) -> None:
     """Delete an application, if it is there."""
-    if name in ray.serve.status().applications:
+    # Asking for the status would start another Ray in the place of one that has ended.
+    if ray.is_initialized() and name in ray.serve.status().applications:
         ray.serve.delete(name)
 
 

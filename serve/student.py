@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve.errors import StudentError
 from serve.files import read_text
 from serve.folding import Folding
-from serve.programs import build_program, import_object
+from serve.programs import Setup, build_program, import_object, import_setup
 
 if TYPE_CHECKING:
     import dspy
@@ -34,6 +34,8 @@ class Manifest(BaseModel):
     program: str | None
     """Import path of the factory, ``package.module:factory``; null for a student that answers
     LM calls alone."""
+    setup: str | None = None
+    """Import path of the program's setup hook."""
     inputs: list[str]
     outputs: list[str]
     predictors: dict[str, Any]
@@ -90,10 +92,13 @@ class Student:
     manifest: Manifest
     program: "dspy.Module"
     adapter: "dspy.Adapter"
+    setup: Setup | None = None
 
 
 def load_student(student_dir: str | os.PathLike[str]) -> Student:
     """Load the program and the adapter, and see that their prompts are still the same.
+
+    The program is not set up yet; that is for whoever runs it.
 
     Raises:
         StudentError: Something is missing or damaged, the student has no program, or the
@@ -104,7 +109,8 @@ def load_student(student_dir: str | os.PathLike[str]) -> Student:
     # A program may set its adapter when it is imported or built.
     adapter = load_adapter(manifest)
     _check_folding(manifest, program, adapter)
-    return Student(manifest, program, adapter)
+    setup = import_setup(manifest.setup) if manifest.setup else None
+    return Student(manifest, program, adapter, setup)
 
 
 def load_program(student_dir: str | os.PathLike[str]) -> "dspy.Module":

@@ -1,8 +1,14 @@
 """Small DSPy programs that the tests distill, one for each shape that programs take."""
 
+import os
+import resource
+import threading
 from typing import Literal
 
 import dspy
+
+FILE_LIMIT = "TESTS_FILE_LIMIT_BYTES"
+"""Environment: the largest file that ``OnASmallDisk`` lets its process write."""
 
 
 class Sentiment(dspy.Signature):
@@ -31,6 +37,27 @@ class TwoSteps(dspy.Module):
     def forward(self, text):
         mood = self.judge(text=text).mood
         return dspy.Prediction(mood=mood, reply=self.answer(text=text, mood=mood).reply)
+
+
+class Connected(TwoSteps):
+    """Needs a client that no other process can be sent: ``connect`` makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.client = None
+
+    def forward(self, text):
+        with self.client:
+            return super().forward(text=text)
+
+
+def connect(program):
+    """The setup hook of ``Connected``."""
+    program.client = threading.Lock()
+
+
+def connect_in_vain(program):
+    raise ConnectionRefusedError("nobody listens")
 
 
 class Loop(dspy.Module):
@@ -82,13 +109,25 @@ class Raising(dspy.Module):
         return self.judge(text=text)
 
 
+class OnASmallDisk(dspy.Module):
+    """Has its process fail to write as on a full disk, where the environment says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = dspy.Predict(Sentiment)
+
+    def forward(self, text):
+        if FILE_LIMIT in os.environ:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ[FILE_LIMIT]), most))
+        return self.judge(text=text)
+
+
 class Unpicklable(dspy.Module):
     """Holds a lock, which no other process can be sent."""
 
     def __init__(self):
         super().__init__()
-        import threading
-
         self.judge = dspy.Predict(Sentiment)
         self.lock = threading.Lock()
 
@@ -104,8 +143,16 @@ def build_two_steps():
     return TwoSteps()
 
 
+def build_connected():
+    return Connected()
+
+
 def build_raising():
     return Raising()
+
+
+def build_on_a_small_disk():
+    return OnASmallDisk()
 
 
 def build_unpicklable():

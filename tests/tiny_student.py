@@ -52,6 +52,27 @@ class AsyncDesk(Desk):
         return await self.triage.acall(text=text)
 
 
+class OpenDesk(Desk):
+    """The same, but closed until its setup hook has opened it."""
+
+    opened = False
+
+    def forward(self, text: str) -> dspy.Prediction:
+        if not self.opened:
+            raise RuntimeError("the desk is closed")
+        return super().forward(text=text)
+
+
+async def open_desk(program: dspy.Module) -> None:
+    """A setup hook."""
+    program.opened = True
+
+
+def jam_desk(program: dspy.Module) -> None:
+    """A setup hook that fails."""
+    raise OSError("the drawer is jammed")
+
+
 class HeadedAdapter(dspy.ChatAdapter):
     """An adapter with an argument that shows in its prompts."""
 
@@ -80,6 +101,11 @@ def build() -> dspy.Module:
 def build_async() -> dspy.Module:
     """The asynchronous program's factory."""
     return AsyncDesk()
+
+
+def build_open() -> dspy.Module:
+    """The factory of a program that needs its setup hook."""
+    return OpenDesk()
 
 
 def build_headed() -> dspy.Module:

@@ -11,12 +11,15 @@ from typing import Any
 
 import dspy
 
-from distill.datasets import example_id
+from distill import open_teacher
+from distill.datasets import distinct, example_id
 from distill.evaluation.report import ExampleResult
 from distill.programs import Task
-from distill.tracing.collect import Collection, LmSpec, OnProgress, collect
+from distill.tracing.actor import LmSpec
+from distill.tracing.collect import OnProgress, collect
+from distill.tracing.collection import Collection
+from distill.tracing.spending import Spending
 from distill.tracing.trace import FailureKind, Trace
-from distill.tracing.tracer import with_current_score
 from serve.batcher import Batcher
 from serve.dspy_lm import CONNECTION, student_adapter
 from serve.dspy_lm import student_lm as answering_lm
@@ -24,12 +27,17 @@ from serve.models import load_engine
 
 
 def teacher_lm(settings: dict[str, Any]) -> LmSpec:
-    """The teacher: ``dspy.LM`` with the user's settings.
+    """The teacher: ``dspy.LM`` with the user's settings, or a model that the run serves itself.
 
     DSPy's own cache is off: the trace store is what keeps answers, and a cached answer
     would count as a call and lie about its latency. What only says how the model is reached
     names no other teacher, so a server that moved is not paid again.
+
+    Raises:
+        ConfigurationError: A model to be served is not there, or its settings are wrong.
     """
+    if open_teacher.is_open(settings):
+        return open_teacher.lm_spec(settings)
     names = {key: value for key, value in settings.items() if key not in CONNECTION}
     return LmSpec(
         make=functools.partial(dspy.LM, **{"cache": False, **settings}),
@@ -55,30 +63,26 @@ def student_lm(model: str, identity: Any, num_gpus: float, teacher: LmSpec) -> L
     )
 
 
-def run_arm(job: Collection, on_progress: OnProgress) -> list[ExampleResult]:
+def run_arm(
+    job: Collection, on_progress: OnProgress, spending: Spending | None = None
+) -> list[ExampleResult]:
     """Answer every example of the job, and score the answers.
+
+    Args:
+        job: The arm.
+        on_progress: As ``collect``'s.
+        spending: Is added what the arm was paid.
 
     Returns:
         One result per example, in their order; equal examples share an answer.
     """
     collect(job, on_progress)
-    traces = scored_traces(job)
-    by_id = {trace.example_id: trace for trace in traces}
-    return [_result(by_id[example_id(example)], example) for example in job.examples]
-
-
-def scored_traces(job: Collection) -> list[Trace]:
-    """The traces that the store holds for a job, scored by its metric as it is now."""
-    keys = job.keys()
-    found = job.store.latest(keys)
-    judge = (job.lm.judge or job.lm.make)()
-    traces = []
-    for key, example in keys.items():
-        if key in found:
-            trace = with_current_score(found[key], example, job.task, judge)
-            # The actor may know an example that has no JSON form by another id.
-            traces.append(dataclasses.replace(trace, example_id=example_id(example)))
-    return traces
+    examples = distinct(job.examples)
+    results = {
+        trace.example_id: _result(trace, examples[trace.example_id])
+        for trace in job.traces(spending)
+    }
+    return [results[example_id(example)] for example in job.examples]
 
 
 def for_student(task: Task) -> Task:

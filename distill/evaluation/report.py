@@ -37,6 +37,7 @@ _TRACING_KEYS = (
     "prompt_tokens",
     "completion_tokens",
     "cost_usd",
+    "by_predictor",
     "seconds",
 )
 _TRAINING_KEYS = ("rows", "tokens", "steps", "seconds", "train_loss", "val_loss", "val_exact")

@@ -1,90 +1,30 @@
-"""Runs a task over examples on Ray actors, durably: the dispatcher and its actor.
+"""Runs a task over examples on Ray actors, durably: the dispatcher.
 
 Each actor keeps a bounded number of examples in flight and writes its traces to the store
 itself; only then does it acknowledge them. The driver holds ids and counts. Evaluation is
 this with another LM, so it goes through here as well.
 """
 
-import asyncio
 import contextlib
 import logging
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-import cloudpickle
-import dspy
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-
-from distill.datasets import distinct
-from distill.fingerprints import fingerprint
-from distill.programs import Task, program_fingerprint
-from distill.tracing.limits import Counts, Limits, StopReason, explain, should_stop, too_many_failed
-from distill.tracing.store import TraceStore
-from distill.tracing.trace import Failure, FailureKind, Trace
-from distill.tracing.tracer import Tracer
+from distill.tracing.actor import Acknowledgement, Assignment, outcome_of
+from distill.tracing.collection import Collection
+from distill.tracing.governor import governing
+from distill.tracing.limits import Counts, explain, should_stop, too_many_failed
+from distill.tracing.metrics import TraceMetrics
+from distill.tracing.permits import Stop
+from distill.tracing.pool import Landed, Pool, Worker
+from distill.tracing.trace import Failure, FailureKind, Trace, Usage, rejection
+from distill.tracing.work import Outcome, Unit, Work
 from serve.errors import BudgetExceeded, TracingError
 
 logger = logging.getLogger(__name__)
 
-MAX_LOST_ACTORS = 3
-POLL_S = 0.5
-SAY_AFTER_S = 10.0
-
-
-@dataclass(frozen=True)
-class LmSpec:
-    """An LM to answer with: how to make it in an actor, and what names it.
-
-    Attributes:
-        make: Called once in each actor, inside its event loop.
-        identity: JSON values; a change of them makes a trace a different one.
-        override_lms: Whether it takes the place of predictors' own LMs.
-        judge: Makes the LM that a metric finds as ``dspy.settings.lm``; None is the same.
-        num_cpus, num_gpus: What one actor of it asks Ray for.
-    """
-
-    make: Callable[[], dspy.BaseLM]
-    identity: Any
-    override_lms: bool = False
-    judge: Callable[[], dspy.BaseLM] | None = None
-    num_cpus: float = 1
-    num_gpus: float = 0
-
-
-@dataclass(frozen=True)
-class Collection:
-    """A task to run over examples with an LM, and how."""
-
-    task: Task
-    lm: LmSpec
-    examples: Sequence[dspy.Example]
-    store: TraceStore
-    actors: int
-    concurrency: int
-    limits: Limits
-
-    def keys(self) -> dict[str, dspy.Example]:
-        """Examples by trace key, equal ones once."""
-        context = fingerprint([program_fingerprint(self.task), self.lm.identity])
-        return {
-            fingerprint([identity, context]): example
-            for identity, example in distinct(self.examples).items()
-        }
-
-
-@dataclass(frozen=True)
-class Acknowledgement:
-    """What an actor says of a durable trace."""
-
-    key: str
-    failure: Failure | None
-    calls: int
-    cost_usd: float | None
+MAX_DEATHS_IN_A_ROW = 3
+"""For each actor: so many deaths, and nothing finished between them, end the run."""
 
 
 OnProgress = Callable[[Counts, int, int], None]
@@ -95,220 +35,187 @@ def collect(job: Collection, on_progress: OnProgress) -> None:
 
     Args:
         job: What to trace.
-        on_progress: Called with counts, new teacher calls, and the total of examples.
+        on_progress: Called with counts, new teacher calls, and the total of runs.
 
     Raises:
         BudgetExceeded: The budget is used up.
         TracingError: Too much failed, the teacher cannot be used, or actors keep dying.
+        TraceStoreError: The store is damaged, or cannot be written.
+        StudentError: The teacher is to be served, and does not come to answer.
     """
-    examples = job.keys()
-    counts, todo = _resume(job, examples)
-    on_progress(counts, 0, len(examples))
-    if not todo:
-        return
-    dispatcher = _Dispatcher(job, examples, counts, todo, on_progress)
-    with _actors(job) as actors:
-        stopped = dispatcher.run(actors)
-    if stopped is StopReason.BUDGET:
+    # A judge may never be asked; a teacher that is no more than that is served once it is.
+    absent = job.service.lm if job.service and job.lm.judge else None
+    stopped, counts = _trace(job, on_progress, absent)
+    if stopped is Stop.ABSENT and job.service:
+        job = replace(job, lm=job.service.beside(job.lm))
+        stopped, counts = _trace(job, on_progress, None)
+    if stopped is Stop.BUDGET:
         raise BudgetExceeded(explain(stopped, counts, job.limits))
     if stopped:
         raise TracingError(explain(stopped, counts, job.limits))
 
 
-def _resume(job: Collection, examples: Mapping[str, Any]) -> tuple[Counts, deque[str]]:
-    """What is done, and which examples are to do: the new ones and failures worth a retry."""
-    done = job.store.latest(examples)
-    failures = [trace for trace in done.values() if trace.failure]
+def _trace(
+    job: Collection, on_progress: OnProgress, absent: str | None
+) -> tuple[Stop | None, Counts]:
+    """Trace what is left, until there is nothing or a limit says stop; ``absent`` as in Bounds."""
+    work = job.work()
+    counts = _resume(job, work)
+    on_progress(counts, 0, work.total)
+    if not work.remaining:
+        return None, counts
+    with contextlib.ExitStack() as stack:
+        if job.service and not absent:
+            stack.enter_context(job.service.running())
+        bounds = replace(job.limits.after(counts.cost_usd), absent=absent)
+        beacon = stack.enter_context(job.store.beacon())
+        governor = stack.enter_context(governing(job.store.uri, bounds))
+        assignment = Assignment(
+            task=job.task.dumps(),
+            lm=job.lm,
+            concurrency=job.concurrency,
+            store=job.store.uri,
+            beacon=beacon,
+            threshold=job.threshold,
+            governor=governor,
+            calls=job.calls,
+        )
+        metrics = stack.enter_context(TraceMetrics(job.run, job.stage))
+        pool = stack.enter_context(Pool(assignment, job.actors, job.max_actors or job.actors))
+        return _Dispatcher(job, work, counts, pool, metrics, on_progress).run(), counts
+
+
+def _resume(job: Collection, work: Work) -> Counts:
+    """Note in ``work`` what is done; left to do is what is new, and failures worth a retry."""
+    counts, spending = Counts(), job.spending()
+    failures: dict[str, Failure] = {}
+    alike: dict[tuple[FailureKind, str], Failure] = {}
+    has_metric = job.task.metric is not None
+    # Whether a hint is due is for the metric to say as it is now.
+    for trace in job.traces(spending) if job.hints else job.records(spending):
+        if work.is_finished(trace.key):
+            continue
+        if trace.failure and trace.failure.kind is FailureKind.PREVENTED:
+            continue
+        if trace.failure:
+            kind = (trace.failure.kind, trace.failure.type)
+            if trace.key not in failures or trace.failure.is_final:
+                failures[trace.key] = alike.setdefault(kind, trace.failure)
+            continue
+        failures.pop(trace.key, None)
+        work.finish(trace.key, outcome_of(trace, has_metric, job.threshold))
+        counts.add(None, None)
+    counts.cost_usd = spending.cost_usd
+    _finish_failed(job, work, counts, failures)
+    return counts
+
+
+def _finish_failed(
+    job: Collection, work: Work, counts: Counts, failures: Mapping[str, Failure]
+) -> None:
+    """Note which failures are final."""
     # A run that failures stopped is started again because their cause was mended.
-    stopped = too_many_failed(len(failures), len(done), job.limits, len(examples))
-    retry_all = stopped or len(failures) == len(done)
-    repeat = {trace.key for trace in failures if retry_all or _is_passing(trace)}
-    counts = Counts()
-    for trace in done.values():
-        if trace.key not in repeat:
-            counts.add(trace.failure, trace.usage.cost_usd)
-        else:
-            counts.cost_usd += trace.usage.cost_usd or 0.0
-    return counts, deque(key for key in examples if key not in done or key in repeat)
-
-
-def _is_passing(trace: Trace) -> bool:
-    # The teacher could not be reached then; a program that raised will raise again.
-    return trace.failure is not None and trace.failure.kind is FailureKind.TEACHER
+    done = counts.finished + len(failures)
+    if not counts.finished or too_many_failed(len(failures), done, job.limits, work.total):
+        return
+    for key, failure in failures.items():
+        if failure.is_final:
+            work.finish(key, Outcome.REJECTED)
+            counts.add(failure, None)
 
 
 class _Dispatcher:
-    """Hands examples to actors, a bounded window at a time, until done or stopped."""
+    """Hands units to actors, a bounded window at a time, until done or stopped."""
 
     def __init__(
         self,
         job: Collection,
-        examples: Mapping[str, dspy.Example],
+        work: Work,
         counts: Counts,
-        todo: deque[str],
+        pool: Pool,
+        metrics: TraceMetrics,
         on_progress: OnProgress,
     ) -> None:
-        self._job, self._examples = job, examples
-        self._counts, self._todo = counts, todo
-        self._on_progress = on_progress
+        self._job, self._work, self._counts, self._pool = job, work, counts, pool
+        self._metrics, self._on_progress = metrics, on_progress
         self._calls = 0
-        self._lost = 0
-        self._flights: dict[Any, tuple[str, Any]] = {}
-        self._starting: dict[Any, Any] = {}
-        self._since, self._said = time.monotonic(), False
+        self._deaths = 0
 
-    def run(self, actors: Sequence[Any]) -> StopReason | None:
+    def run(self) -> Stop | None:
         """Dispatch until nothing is left, or until a limit says stop."""
-        stopped = None
-        idle: deque[Any] = deque()
-        self._starting = {actor.ready.remote(): actor for actor in actors}
-        while self._flights or (self._todo and not stopped):
-            for actor in self._started():
-                idle.extend([actor] * self._job.concurrency)
-            while self._todo and idle and not stopped:
-                stopped = self._limit()
-                if not stopped:
-                    self._launch(self._todo.popleft(), idle.popleft())
-            if self._flights:
-                idle.extend(self._land())
+        stopped = self._limit()
+        while self._pool.num_in_flight or (self._work.remaining and not stopped):
+            self._pool.resize(0 if stopped else self._work.remaining)
+            for worker, room in self._pool.rooms(self._work.remaining):
+                units = [] if stopped else self._choose(worker, room)
+                if units or worker.units:
+                    worker.give(units)
+            self._metrics.in_flight(self._pool.num_running)
+            for landed in self._pool.wait():
+                self._land(landed)
             stopped = stopped or self._limit()
-            self._on_progress(self._counts, self._calls, len(self._examples))
+            self._on_progress(self._counts, self._calls, self._work.total)
         return stopped
 
-    def _started(self) -> list[Any]:
-        """Actors that have come up; others wait for room, which somebody else may hold."""
-        # With nothing in flight there is nothing else to wait for.
-        timeout = 0 if self._flights else POLL_S
-        if not self._starting:
-            return []
-        if not self._said and not self._flights and time.monotonic() - self._since > SAY_AFTER_S:
-            self._said = True
-            logger.warning("Waiting for room for tracing actors; the cluster has none to spare.")
-        ready, _ = ray.wait(list(self._starting), num_returns=1, timeout=timeout)
-        actors = []
-        for ref in ready:
-            actor = self._starting.pop(ref)
-            try:
-                ray.get(ref)
-                actors.append(actor)
-            except RayActorError as error:
-                self._count_loss(error)
-                self._starting[actor.ready.remote()] = actor
-        return actors
+    def _choose(self, worker: Worker, room: int) -> list[Unit]:
+        """What a worker is given next."""
+        units: list[Unit] = []
+        held = list(worker.units)
+        while len(units) < room:
+            unit = self._work.take(held)
+            if unit is None:
+                break
+            units.append(unit)
+            held.append(unit.key)
+        return units
 
-    def _limit(self) -> StopReason | None:
-        return should_stop(self._counts, self._job.limits, len(self._flights), len(self._examples))
+    def _limit(self) -> Stop | None:
+        return should_stop(self._counts, self._job.limits, self._work.total)
 
-    def _launch(self, key: str, actor: Any) -> None:
-        self._flights[actor.trace.remote(key, self._examples[key])] = (key, actor)
+    def _land(self, landed: Landed) -> None:
+        if landed.lost is not None:
+            self._lose(landed)
+        for acknowledged in landed.durable:
+            del landed.worker.units[acknowledged.key]
+            self._deaths = 0
+            self._acknowledge(acknowledged)
 
-    def _land(self) -> list[Any]:
-        refs = list(self._flights)
-        ray.wait(refs, num_returns=1, timeout=POLL_S)
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        freed = []
-        for ref in ready:
-            key, actor = self._flights.pop(ref)
-            freed.append(actor)
-            try:
-                acknowledged = ray.get(ref)
-            except RayActorError as error:
-                self._requeue(key, error)
-                continue
-            except RayTaskError as error:
-                cause = error.cause if error.cause is not None else error
-                raise TracingError(
-                    f"A tracing actor failed: {type(cause).__name__}: {cause}. What was traced is "
-                    "kept; mend the cause and run it again."
-                ) from error
-            self._calls += acknowledged.calls
-            self._counts.add(acknowledged.failure, acknowledged.cost_usd)
-            self._counts.unpriced |= acknowledged.calls > 0 and acknowledged.cost_usd is None
-        return freed
+    def _acknowledge(self, acknowledged: Acknowledgement) -> None:
+        self._work.finish(acknowledged.key, acknowledged.outcome)
+        self._calls += acknowledged.calls
+        self._counts.add(acknowledged.failure, acknowledged.cost_usd)
+        self._counts.tokens += acknowledged.tokens
+        self._metrics.ended(acknowledged.rejected, acknowledged.usages)
 
-    def _requeue(self, key: str, error: RayActorError) -> None:
-        # Ray restarts the actor; the example was not durable, so it runs again.
-        logger.warning("An actor died with example %s in flight: %s", key, error)
-        self._count_loss(error)
-        self._todo.append(key)
-
-    def _count_loss(self, error: RayActorError) -> None:
-        self._lost += 1
-        if self._lost > MAX_LOST_ACTORS * self._job.concurrency:
+    def _lose(self, landed: Landed) -> None:
+        # The pool replaces the actor; what was not durable runs again.
+        self._deaths += 1
+        units = landed.worker.units
+        logger.warning("An actor died with %d examples in flight: %s", len(units), landed.lost)
+        if self._deaths > MAX_DEATHS_IN_A_ROW * max(len(self._pool.workers), self._job.actors):
             raise TracingError(
-                f"Tracing actors keep dying: {error}. What was traced is kept; look at the logs "
-                "for the cause (memory is the usual one) and run it again."
-            ) from error
+                f"Tracing actors keep dying: {landed.lost}. What was traced is kept; look at the "
+                "logs for the cause (memory is the usual one) and run the same command again."
+            ) from landed.lost
+        for unit in units.values():
+            if not self._work.put_back(unit.key):
+                self._give_up(unit)
 
-
-@contextlib.contextmanager
-def _actors(job: Collection) -> Iterator[list[Any]]:
-    payload = cloudpickle.dumps((job.task.dumps(), job.lm, job.concurrency, job.store.uri))
-    remote = ray.remote(TraceActor).options(
-        num_cpus=job.lm.num_cpus,
-        num_gpus=job.lm.num_gpus,
-        max_concurrency=job.concurrency + 1,
-        max_restarts=MAX_LOST_ACTORS,
-    )
-    actors = [remote.remote(payload, sys.path) for _ in range(job.actors)]
-    try:
-        yield actors
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-class TraceActor:
-    """The thin shell around a ``Tracer``: traces, makes durable, acknowledges."""
-
-    def __init__(self, payload: bytes, import_paths: Sequence[str]) -> None:
-        # The user's program is imported here by name, from where the driver found it.
-        sys.path.extend(path for path in import_paths if path not in sys.path)
-        self._payload = payload
-        self._tracer: Tracer | None = None
-        self._pending: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
-        self._committing: asyncio.Task[None] | None = None
-
-    async def ready(self) -> None:
-        """Answers once the actor is up."""
-
-    async def trace(self, key: str, example: dspy.Example) -> Acknowledgement:
-        """Trace one example; durable when this returns."""
-        if self._tracer is None:
-            self._set_up()
-        assert self._tracer is not None
-        trace = await self._tracer.trace(key, example)
-        await self._commit(trace)
-        return Acknowledgement(key, trace.failure, trace.usage.calls, trace.usage.cost_usd)
-
-    def _set_up(self) -> None:
-        # Not in __init__, which runs outside the event loop that an LM may need.
-        task, spec, concurrency, uri = cloudpickle.loads(self._payload)
-        self._writer = TraceStore(uri).writer()
-        self._tracer = Tracer(
-            cloudpickle.loads(task),
-            spec.make(),
-            judge=spec.judge() if spec.judge else None,
-            concurrency=concurrency,
-            override_lms=spec.override_lms,
+    def _give_up(self, unit: Unit) -> None:
+        """Record an example whose process died each time it was run."""
+        failure = Failure(FailureKind.PROGRAM, "ActorDied", "the process that ran it died")
+        trace = Trace(
+            unit.key,
+            unit.example_id,
+            calls=(),
+            prediction=None,
+            usage=Usage(),
+            latency_s=0.0,
+            failure=failure,
+            sample=unit.variant.sample,
+            hinted=unit.variant.hinted,
         )
-
-    async def _commit(self, trace: Trace) -> None:
-        # What finishes while one write is under way goes into the next: one sync for many.
-        done = asyncio.get_running_loop().create_future()
-        self._pending.append((trace.to_json(), done))
-        if self._committing is None or self._committing.done():
-            self._committing = asyncio.create_task(self._write_pending())
-        await done
-
-    async def _write_pending(self) -> None:
-        while self._pending:
-            batch, self._pending = self._pending, []
-            try:
-                await asyncio.to_thread(self._writer.append, [trace for trace, _ in batch])
-            except Exception as error:
-                for _, done in batch:
-                    done.set_exception(error)
-                continue
-            for _, done in batch:
-                done.set_result(None)
+        self._job.store.writer().append([trace.to_json()])
+        self._work.finish(unit.key, Outcome.REJECTED)
+        self._counts.add(failure, None)
+        self._metrics.ended(rejection(trace, has_metric=False, threshold=None), {})

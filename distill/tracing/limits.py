@@ -4,37 +4,40 @@
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 
+from distill.config import TraceConfig
+from distill.tracing.permits import Bounds, Stop
 from distill.tracing.trace import Failure, FailureKind
 from serve.dspy_lm import HOPELESS
 
 MIN_SAMPLE = 20
 
 
-class StopReason(StrEnum):
-    """Why tracing ends before its last example."""
-
-    HOPELESS = "hopeless"
-    FAILURES = "failures"
-    BUDGET = "budget"
-    UNPRICED = "unpriced"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The bounds of a run.
+@dataclass(frozen=True, kw_only=True)
+class Limits(Bounds):
+    """The bounds of a run, of which ``spent_usd`` is what its other jobs have spent.
 
     Attributes:
         max_failure_rate: A share of the examples.
-        budget_usd: For all that the run spends; None is no bound.
-        spent_usd: What other jobs of the run have spent of it.
     """
 
     max_failure_rate: float = 1.0
-    budget_usd: float | None = None
-    spent_usd: float = 0.0
+
+    @classmethod
+    def of(cls, trace: TraceConfig, spent_usd: float = 0.0) -> "Limits":
+        """Those of a configuration."""
+        return cls(
+            max_failure_rate=trace.max_failure_rate,
+            budget_usd=trace.budget_usd,
+            spent_usd=spent_usd,
+            requests_per_minute=trace.requests_per_minute,
+            tokens_per_minute=trace.tokens_per_minute,
+        )
+
+    def after(self, spent_usd: float) -> "Limits":
+        """Those that are left where this job has spent so much before."""
+        return replace(self, spent_usd=self.spent_usd + spent_usd)
 
 
 @dataclass
@@ -44,20 +47,21 @@ class Counts:
     finished: int = 0
     failed: int = 0
     cost_usd: float = 0.0
-    unpriced: bool = False
-    """Whether a call was made whose price is not known."""
+    tokens: int = 0
     reasons: Counter[tuple[FailureKind, str]] = field(default_factory=Counter)
     messages: dict[tuple[FailureKind, str], str] = field(default_factory=dict)
 
     def add(self, failure: Failure | None, cost_usd: float | None) -> None:
-        """Count one finished example."""
-        self.finished += 1
+        """Count one example; one whose calls were prevented is not finished."""
         self.cost_usd += cost_usd or 0.0
         if failure:
-            self.failed += 1
             reason = (failure.kind, failure.type)
             self.reasons[reason] += 1
             self.messages.setdefault(reason, failure.message)
+            if failure.kind is FailureKind.PREVENTED:
+                return
+            self.failed += 1
+        self.finished += 1
 
     def worst(self) -> str:
         """The most common failures, in words."""
@@ -67,25 +71,23 @@ class Counts:
         )
 
 
-def should_stop(counts: Counts, limits: Limits, in_flight: int, total: int) -> StopReason | None:
+def should_stop(counts: Counts, limits: Limits, total: int) -> Stop | None:
     """Whether to stop handing out examples, and why.
+
+    Budget and limits of calls are not looked at here: the limiter prevents the calls.
 
     Args:
         counts: What has finished.
         limits: The bounds.
-        in_flight: Examples handed out and not finished, which may still cost money.
         total: Examples of the whole run.
     """
-    if any(kind is FailureKind.TEACHER and name in HOPELESS for kind, name in counts.reasons):
-        return StopReason.HOPELESS
+    for kind, name in counts.reasons:
+        if kind is FailureKind.PREVENTED:
+            return Stop(name)
+        if kind is FailureKind.TEACHER and name in HOPELESS:
+            return Stop.HOPELESS
     if too_many_failed(counts.failed, counts.finished, limits, total):
-        return StopReason.FAILURES
-    if limits.budget_usd is not None and counts.unpriced:
-        return StopReason.UNPRICED
-    if limits.budget_usd is not None:
-        expected = counts.cost_usd / max(counts.finished, 1) * (in_flight + 1)
-        if limits.spent_usd + counts.cost_usd + expected >= limits.budget_usd:
-            return StopReason.BUDGET
+        return Stop.FAILURES
     return None
 
 
@@ -94,26 +96,39 @@ def too_many_failed(failed: int, finished: int, limits: Limits, total: int) -> b
     return finished >= min(MIN_SAMPLE, total) and failed > limits.max_failure_rate * finished
 
 
-def explain(reason: StopReason, counts: Counts, limits: Limits) -> str:
+def explain(stop: Stop, counts: Counts, limits: Limits) -> str:
     """The message of the error that ends the run."""
-    if reason is StopReason.HOPELESS:
-        return f"The teacher cannot be used: {counts.worst()} Correct teacher.lm or its key."
-    if reason is StopReason.FAILURES:
-        return (
-            f"{counts.failed} of {counts.finished} examples failed, more than "
-            f"trace.max_failure_rate={limits.max_failure_rate}: {counts.worst()}. What was traced "
-            "is kept; mend the cause, or raise the rate, and run it again."
-        )
-    if reason is StopReason.UNPRICED:
-        return (
-            "trace.budget_usd cannot be kept: the teacher's calls have no known price. Remove the "
-            "budget, or choose a model that DSPy knows the price of."
-        )
-    return (
-        f"Stopped at ${limits.spent_usd + counts.cost_usd:.4f} of "
-        f"trace.budget_usd={limits.budget_usd}. What was traced is kept; raise the budget and run "
-        "it again to go on."
-    )
+    said = counts.messages.get((FailureKind.PREVENTED, stop)) or counts.worst()
+    what, kept = _first_line(said).rstrip(". "), "What was traced is kept;"
+    match stop:
+        case Stop.HOPELESS:
+            return f"The teacher cannot be used: {what}. Correct teacher.lm or its key."
+        case Stop.FAILURES:
+            return (
+                f"{counts.failed} of {counts.finished} examples failed, more than "
+                f"trace.max_failure_rate={limits.max_failure_rate}: {counts.worst()}. {kept} mend "
+                "the cause, or raise the rate, and run it again."
+            )
+        case Stop.UNPRICED:
+            return (
+                "trace.budget_usd cannot be kept: the teacher's calls have no known price. Remove "
+                "the budget, or give the model's price in trace.prices."
+            )
+        case Stop.UNCOUNTED:
+            return (
+                "trace.tokens_per_minute cannot be kept: the teacher's replies do not tell their "
+                "tokens. Remove it; trace.requests_per_minute can be kept."
+            )
+        case Stop.OUTAGE:
+            return f"The teacher is down: {what}. {kept} run the same command again when it is up."
+        case Stop.LOST | Stop.ABSENT:
+            return f"{what}. {kept} run the same command again."
+        case Stop.BUDGET:
+            return (
+                f"Stopped at ${limits.spent_usd + counts.cost_usd:.4f} of "
+                f"trace.budget_usd={limits.budget_usd}. {kept} raise the budget and run it again "
+                "to go on."
+            )
 
 
 def _first_line(text: str) -> str:

@@ -6,7 +6,7 @@ data, not a crash.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -20,6 +20,8 @@ class FailureKind(StrEnum):
     """The LM did not answer: network, rate limit, authentication."""
     PROGRAM = "program"
     """The user's program raised."""
+    PREVENTED = "prevented"
+    """No call of the run was made any more; the type says why."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Failure:
     kind: FailureKind
     type: str
     message: str
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it would be the same again; the teacher may come to answer."""
+        return self.kind in (FailureKind.PARSE, FailureKind.PROGRAM)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,23 @@ class Score:
     error: str | None = None
 
 
+METRIC = "(metric)"
+"""Whose calls a metric's are, where usage is told by predictor."""
+UNNAMED = "(other)"
+"""Whose calls those are that no predictor of the program's made."""
+
+
 @dataclass(frozen=True)
 class Trace:
-    """One run of a program on one example. ``key`` names example, program and LM at once."""
+    """One run of a program on one example.
+
+    Attributes:
+        key: Names example, program, LM and sample at once.
+        usage: The program's.
+        usages: The same by predictor, and the metric's as well.
+        sample: Which of an example's runs it is; 0 is the plain one.
+        hinted: Whether the predictors were told the label.
+    """
 
     key: str
     example_id: str
@@ -74,6 +95,15 @@ class Trace:
     latency_s: float
     score: Score | None = None
     failure: Failure | None = None
+    usages: Mapping[str, Usage] = field(default_factory=dict)
+    sample: int = 0
+    hinted: bool = False
+
+    @property
+    def spent(self) -> Usage:
+        """What the program and the metric took."""
+        metric = self.usages.get(METRIC)
+        return total_usage([self.usage, metric]) if metric else self.usage
 
     def to_json(self) -> dict[str, Any]:
         """The trace as JSON values."""
@@ -86,6 +116,10 @@ class Trace:
         Raises:
             KeyError, TypeError, ValueError: The record is not one.
         """
+        # Strict, since a damaged name of a field would otherwise go unnoticed.
+        unknown = record.keys() - {each.name for each in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
         score, failure = record["score"], record["failure"]
         return cls(
             key=record["key"],
@@ -98,6 +132,9 @@ class Trace:
             failure=Failure(**{**failure, "kind": FailureKind(failure["kind"])})
             if failure
             else None,
+            usages={name: Usage(**usage) for name, usage in record.get("usages", {}).items()},
+            sample=record.get("sample", 0),
+            hinted=record.get("hinted", False),
         )
 
 
@@ -110,6 +147,15 @@ def passes(score: Score | None, threshold: float | None) -> bool:
     if score is None or score.value is None:
         return False
     return score.value > 0 if threshold is None else score.value >= threshold
+
+
+def rejection(trace: Trace, has_metric: bool, threshold: float | None) -> str | None:
+    """Why a run of the program is not good enough, in a word; None if it is."""
+    if trace.failure is not None:
+        return "parse" if trace.failure.kind is FailureKind.PARSE else "error"
+    if not has_metric or passes(trace.score, threshold):
+        return None
+    return "error" if trace.score and trace.score.error else "metric"
 
 
 def total_usage(usages: Sequence[Usage]) -> Usage:

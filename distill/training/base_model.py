@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -76,8 +77,12 @@ def make_scratch(
         model.save_pretrained(folder)
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, setting: str = "student.model") -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory or id, able to render and pad.
+
+    Args:
+        model: Its name.
+        setting: What names it, for errors.
 
     Raises:
         ConfigurationError: There is no such model, or no tokenizer that can be used.
@@ -85,14 +90,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(model, error) from error
+        raise _not_loadable(setting, model, error) from error
     if not tokenizer.is_fast:
         raise ConfigurationError(
-            f"student.model={model}: its tokenizer has no tokenizer.json. Use a model that has."
+            f"{setting}={model}: its tokenizer has no tokenizer.json. Use a model that has."
         )
     if tokenizer.eos_token is None and tokenizer.chat_template is None:
         raise ConfigurationError(
-            f"student.model={model}: its tokenizer has neither a chat template nor an eos_token."
+            f"{setting}={model}: its tokenizer has neither a chat template nor an eos_token."
             " Use a model whose tokenizer has one of them."
         )
     if tokenizer.chat_template is None:
@@ -114,12 +119,15 @@ def local_base(model: str) -> Iterator[str]:
         yield str(folder)
 
 
-def check_base_model(model: str, prompts: Sequence[Conversation] = ()) -> None:
-    """See that a student can start from this, without loading its weights.
+def check_base_model(
+    model: str, prompts: Sequence[Conversation] = (), setting: str = "student.model"
+) -> None:
+    """See that a model can be loaded and answers chats, without loading its weights.
 
     Args:
         model: Hugging Face directory or id.
         prompts: Prompts that its chat template has to render.
+        setting: What names it, for errors.
 
     Raises:
         ConfigurationError: It cannot.
@@ -129,27 +137,43 @@ def check_base_model(model: str, prompts: Sequence[Conversation] = ()) -> None:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(model, error) from error
+        raise _not_loadable(setting, model, error) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigurationError(
-            f"student.model={model} is a {config.model_type}, not a causal language model. "
+            f"{setting}={model} is a {config.model_type}, not a causal language model. "
             "Use one that generates text from left to right."
         )
-    folder = Path(model)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if Path(model).is_dir():
+        _check_weights(model, setting)
+    tokenizer = load_tokenizer(model, setting)
+    try:
+        end_of_turn_id(tokenizer)
+        for messages in prompts:
+            tokenizer.apply_chat_template(list(messages), tokenize=False)
+    except ConfigurationError:
+        raise
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"student.model={model}: the folder has no *.safetensors file; other formats of "
+            f"{setting}={model}: its chat template does not take the program's prompts "
+            f"({error}). Use another model, or for a student student.prompt=folded."
+        ) from error
+
+
+def _check_weights(model: str, setting: str) -> None:
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        raise ConfigurationError(
+            f"{setting}={model}: the folder has no *.safetensors file; other formats of "
             "weights can run code and are not read. Save it again with save_pretrained()."
         )
-    tokenizer = load_tokenizer(model)
-    end_of_turn_id(tokenizer)
-    for messages in prompts:
+    for file in files:
         try:
-            tokenizer.apply_chat_template(list(messages), tokenize=False)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            # Reads no more than its header, which says how long the file has to be.
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
             raise ConfigurationError(
-                f"student.model={model}: its chat template does not take the program's prompts "
-                f"({error}). Use student.prompt=folded, or another model."
+                f"{setting}={model}: {file.name} is damaged ({error}). Save the model again."
             ) from error
 
 
@@ -241,9 +265,9 @@ def _power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
-def _not_loadable(model: str, error: Exception) -> ConfigurationError:
+def _not_loadable(setting: str, model: str, error: Exception) -> ConfigurationError:
     reason = str(error).strip().split("\n")[0]
     return ConfigurationError(
-        f"student.model={model} cannot be loaded: {reason} Expected scratch, a Hugging Face id, "
-        "or a folder with config.json, tokenizer.json and *.safetensors."
+        f"{setting}={model} cannot be loaded: {reason} Expected a Hugging Face id, a folder with "
+        "config.json, tokenizer.json and *.safetensors, or scratch for a micro-student."
     )

@@ -57,7 +57,7 @@ def end_of_turn_id(tokenizer: Any) -> int:
     found = next((token for token in ids if token in special), tokenizer.eos_token_id)
     if found is None:
         raise ConfigurationError(
-            "student.model: its chat template ends an answer with no special token, and its "
+            "The model's chat template ends an answer with no special token, and its "
             "tokenizer has no eos_token. Use a model whose tokenizer has one."
         )
     return int(found)

@@ -1,45 +1,72 @@
 """All contact with DSPy's LM layer, whose two ends differ between DSPy 3.1 and 3.4.
 
 Owns the names ``raydistill/<student>``, students as DSPy's LMs, and what is read off any LM:
-its calls, usage, errors and identity. ``engines`` is how DSPy 3.4 asks a student,
-``handler`` how versions before it do. Importing this module makes the names known to DSPy.
+its usage, price and identity. ``engines`` is how DSPy 3.4 asks a student, ``handler`` how versions
+before it do; ``governed`` takes an LM's calls over, ``failures`` reads its errors. Importing
+this module makes the names known to DSPy.
 """
 
 import asyncio
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import dspy
 
+from serve.dspy_lm.failures import HOPELESS, LmFailure, lm_failure, retry_after_s
+from serve.dspy_lm.governed import (
+    ROLLOUT,
+    AsyncAttempt,
+    Attempt,
+    Conductor,
+    Entry,
+    governed,
+    is_cached,
+    own_timeout_s,
+    retries_of,
+)
 from serve.engines.base import Complete
 from serve.errors import ConfigurationError
 from serve.models import full_name
-from serve.reach import Reached
+from serve.reach import Reached, in_this_job
 
 if hasattr(getattr(dspy, "lm15", None), "register_provider"):
     from serve.dspy_lm import engines as _end
 else:
     from serve.dspy_lm import handler as _end  # type: ignore[no-redef]
 
-PROVIDER = "raydistill"
+__all__ = [
+    "CONNECTION",
+    "HOPELESS",
+    "ROLLOUT",
+    "AsyncAttempt",
+    "Attempt",
+    "Conductor",
+    "Entry",
+    "LmFailure",
+    "call_usage",
+    "governed",
+    "is_cached",
+    "is_lm_error",
+    "list_price",
+    "lm_failure",
+    "lm_identity",
+    "model_name",
+    "own_timeout_s",
+    "register",
+    "retries_of",
+    "retry_after_s",
+    "served_lm",
+    "student_adapter",
+    "student_lm",
+    "student_of",
+]
 
-HOPELESS = frozenset(
-    {
-        # DSPy 3.4's names, and those of litellm, which DSPy 3.1 lets through.
-        "LMAuthError",
-        "LMBillingError",
-        "LMConfigurationError",
-        "LMNotConfiguredError",
-        "LMUnsupportedModelError",
-        "AuthenticationError",
-        "PermissionDeniedError",
-        "NotFoundError",
-    }
-)
-"""Types of LM errors that neither a retry nor another example mends."""
+PROVIDER = "raydistill"
+NUM_RETRIES = 3
+"""As ``dspy.LM`` has it."""
 
 CONNECTION = frozenset(
     {"api_base", "base_url", "api_version", "cache", "num_retries", "timeout", "headers"}
@@ -88,6 +115,17 @@ def student_lm(
     return _end.student_lm(Reached(complete, loop), model)
 
 
+def served_lm(model: str, **settings: Any) -> dspy.BaseLM:
+    """An LM that asks a model served for this Ray job; see ``serve.temporary``.
+
+    Args:
+        model: Its full name.
+        settings: Of ``dspy.LM``: how it samples and tries again.
+    """
+    name = model_name(model)
+    return _end.student_lm(in_this_job(model), name, **{"num_retries": NUM_RETRIES, **settings})
+
+
 def student_adapter(adapter: dspy.Adapter) -> dspy.Adapter:
     """The adapter without its second try through JSON.
 
@@ -99,25 +137,24 @@ def student_adapter(adapter: dspy.Adapter) -> dspy.Adapter:
     return adapter
 
 
-def metered(lm: dspy.BaseLM, record: Callable[[dict[str, Any]], None]) -> dspy.BaseLM:
-    """A copy of the LM that hands the entry of each of its calls to ``record``.
-
-    Its calls no longer enter DSPy's histories, which would keep every prompt.
-    """
-
-    def update_history(entry: dict[str, Any]) -> None:
-        record(entry)
-
-    twin = lm.copy()
-    # A function, which copies of the copy share, whatever ``record`` belongs to.
-    twin.update_history = update_history
-    return twin
-
-
 def call_usage(entry: dict[str, Any]) -> tuple[int | None, int | None, float | None]:
     """Prompt tokens, completion tokens and USD of one recorded call; None is not known."""
     usage = entry.get("usage") or {}
-    return usage.get("prompt_tokens"), usage.get("completion_tokens"), entry.get("cost")
+    cost = 0.0 if _is_ours(entry.get("model", "")) else entry.get("cost")
+    return usage.get("prompt_tokens"), usage.get("completion_tokens"), cost
+
+
+def list_price(lm: dspy.BaseLM) -> tuple[float, float] | None:
+    """USD per million prompt and completion tokens, as DSPy knows them; None: it does not."""
+    if _is_ours(lm.model):
+        return 0.0, 0.0
+    prompt, completion = _end.list_price(lm)
+    return None if prompt is None or completion is None else (1e6 * prompt, 1e6 * completion)
+
+
+def _is_ours(model: str) -> bool:
+    """Whether it is one that answers on the user's own machines, which nobody bills."""
+    return model.startswith(f"{PROVIDER}/")
 
 
 def is_lm_error(error: BaseException) -> bool:

@@ -13,6 +13,9 @@ from typing import Any
 
 import dspy
 from dspy import lm15
+from dspy.clients.capabilities import resolve
+from dspy.clients.model_metadata import model_info, rate
+from dspy.utils.exceptions import LMError
 
 from serve.engines.base import ChatRequest, ChatResult, Overloaded, RequestError
 from serve.errors import DistillError
@@ -38,15 +41,25 @@ def register(provider: str) -> None:
     )
 
 
-def student_lm(reached: Reached, model: str) -> dspy.BaseLM:
-    """An LM that asks what was reached."""
+def student_lm(reached: Reached, model: str, **settings: Any) -> dspy.BaseLM:
+    """An LM that asks what was reached; ``settings`` are ``dspy.LM``'s."""
     return dspy.LM(
         model,
         engine=StudentEngine(reached),
         async_engine=AsyncStudentEngine(reached),
         cache=False,
-        num_retries=0,
+        **{"num_retries": 0, **settings},
     )
+
+
+def list_price(lm: dspy.BaseLM) -> tuple[float | None, float | None]:
+    """USD per prompt token and per completion token, as DSPy knows them."""
+    try:
+        route = resolve(lm)
+    except (lm15.LM15Error, LMError):
+        return None, None  # A model that DSPy leaves to litellm, or does not know.
+    info = model_info(route.provider, route.model)
+    return rate(info, "input_cost_per_token"), rate(info, "output_cost_per_token")
 
 
 class StudentChat(lm15.OpenAIChatLM):

@@ -28,9 +28,19 @@ def register(provider: str) -> None:
         )
 
 
-def student_lm(reached: Reached, model: str) -> dspy.BaseLM:
-    """An LM that asks what was reached."""
-    return StudentLM(reached, model)
+def student_lm(reached: Reached, model: str, **settings: Any) -> dspy.BaseLM:
+    """An LM that asks what was reached; ``settings`` are ``dspy.LM``'s."""
+    return StudentLM(reached, model, **settings)
+
+
+def list_price(lm: dspy.BaseLM) -> tuple[float | None, float | None]:
+    """USD per prompt token and per completion token, as litellm knows them."""
+    try:
+        info = litellm.get_model_info(lm.model)
+    except Exception:
+        # What litellm raises for a model that it does not know is a bare Exception.
+        return None, None
+    return info.get("input_cost_per_token"), info.get("output_cost_per_token")
 
 
 class LMInvalidRequestError(litellm.exceptions.OpenAIError, ImportError):
@@ -106,10 +116,11 @@ def _forwarding(model: str, call: dict[str, Any]) -> dict[str, Any] | None:
 class StudentLM(dspy.BaseLM):
     """The LM of a student that was reached."""
 
-    def __init__(self, reached: Reached, model: str) -> None:
+    def __init__(self, reached: Reached, model: str, num_retries: int = 0, **settings: Any) -> None:
         # BaseLM has limits of its own; the student's is in its manifest.
-        super().__init__(model=model, cache=False, temperature=None, max_tokens=None)
-        self.num_retries = 0
+        limits = {"temperature": None, "max_tokens": None}
+        super().__init__(model=model, cache=False, **{**limits, **settings})
+        self.num_retries = num_retries
         self._reached = reached
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StudentLM":

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from serve.engines.base import ChatRequest, ChatResult, RequestError
 from serve.engines.batches import plan_batches
@@ -110,14 +111,14 @@ class TransformersEngine:
             ids = encode_prompt(self._tokenizer, messages)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RequestError(
-                f"the student's chat template does not take these messages: {error}"
+                f"the model's chat template does not take these messages: {error}"
             ) from error
         if not ids:
             raise RequestError("these messages come to no text at all.")
         room = self._max_positions - len(ids)
         if room < 1:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens; the student takes at most "
+                f"the prompt has {len(ids)} tokens; the model takes at most "
                 f"{self._max_positions - 1}. Shorten the input."
             )
         max_new_tokens = min(request.max_tokens or self._default_max_tokens, room)
@@ -173,10 +174,10 @@ def _load(
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 model_dir, local_files_only=True, use_safetensors=True, dtype=_dtype(device)
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise StudentError(
             f"{model_dir}: cannot be loaded as a model ({error}). Expected config.json, "
-            "model.safetensors and a tokenizer; train the student again."
+            "model.safetensors and a tokenizer; a student is to be trained again."
         ) from error
     tokenizer.chat_template = tokenizer.chat_template or chat_template
     if not tokenizer.chat_template:

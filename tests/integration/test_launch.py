@@ -135,7 +135,7 @@ class TestOnAClusterThatIsThere:
         assert asked(launched) == before + 2
 
     def test_a_request_that_is_refused_says_why(self, launched):
-        with pytest.raises(Exception, match="the student takes at most") as caught:
+        with pytest.raises(Exception, match="the model takes at most") as caught:
             triage(launched).triage.lm("word " * 500)
         assert is_lm_error(caught.value)
 

@@ -29,11 +29,17 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two predictors, its folder, and the teacher that it called."""
+    """A run of two predictors, its folder, and the teacher that it called.
+
+    Teacher, student and endpoint all need the client that the program's setup hook makes.
+    """
     teacher = MoodTeacher()
     with serve_in_background(teacher) as server:
         path = tmp_path_factory.mktemp("run")
-        changes = {"program": "tests.programs:build_two_steps"}
+        changes = {
+            "program": "tests.programs:build_connected",
+            "setup": "tests.programs:connect",
+        }
         folder = RunFolder(path, server.api_base, changes)
         process = folder.raydistill("run")
         assert process.returncode == 0, process.stdout
@@ -64,11 +70,19 @@ def test_the_report_holds_what_was_measured(finished):
     folder, _, _ = finished
     report = read(folder.run_dir / "report.json")
     assert report["arms"]["teacher"]["score"] == 1.0
+    assert report["arms"]["student"]["errors"] == 0
     assert report["arms"]["teacher"]["n"] == report["arms"]["student"]["n"] == 12
     assert report["arms"]["base"] is None
     assert report["tracing"]["examples"] == report["tracing"]["kept"] == 60
     assert report["tracing"]["teacher_calls"] == 120
     assert report["tracing"]["cost_usd"] is None
+    by_predictor = report["tracing"]["by_predictor"]
+    assert {name: usage["calls"] for name, usage in by_predictor.items()} == {
+        "judge": 60,
+        "answer": 60,
+    }
+    tokens = sum(usage["prompt_tokens"] for usage in by_predictor.values())
+    assert tokens == report["tracing"]["prompt_tokens"] > 0
     assert report["training"]["steps"] > 0
     assert report["training"]["seconds"] > 0
     assert report["folding"]["rows_folded"] == 120
@@ -113,6 +127,24 @@ def test_the_report_command_rebuilds_the_page(finished):
         assert process.returncode == 0, output
     assert page.exists()
     assert "student" in output
+
+
+def test_the_traces_command_lists_the_runs_traces_and_exports_them(finished, tmp_path):
+    folder, teacher, _ = finished
+    before, file = teacher.calls, tmp_path / "kept.jsonl"
+    for options, said in (
+        (["--limit", "3"], "3 of 60 traces: 60 kept"),
+        (["--rejected"], "No traces."),
+        (["--kept", "--predictor", "judge", "--export", str(file)], "60 traces"),
+    ):
+        with folder.started("traces", str(folder.run_dir), *options) as process:
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 0, output
+        assert said in output
+    calls = [call for line in file.read_text().splitlines() for call in json.loads(line)["calls"]]
+    assert {call["predictor"] for call in calls} == {"judge"}
+    assert len(calls) == 60
+    assert teacher.calls == before
 
 
 def test_the_endpoint_answers_and_stops_on_a_signal(finished):

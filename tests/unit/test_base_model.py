@@ -174,6 +174,14 @@ def test_a_folder_without_safetensors_is_refused(scratch, tmp_path):
         check_base_model(str(tmp_path))
 
 
+def test_weights_that_were_cut_off_are_refused(tmp_path):
+    make_scratch(tmp_path, CONVERSATIONS, SIZES, max_length=512, seed=0)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors is damaged"):
+        check_base_model(str(tmp_path))
+
+
 def test_missing_weights_are_never_made_up(scratch, tmp_path):
     make_scratch(tmp_path, CONVERSATIONS, SIZES, max_length=512, seed=0)
     weights = load_file(tmp_path / "model.safetensors")

@@ -5,7 +5,7 @@ import threading
 import dspy
 import pytest
 
-from distill import RayBootstrapFinetune, RayProvider
+from distill import RayBootstrapFinetune, RayProvider, preflight
 from distill.compile_plan import make_plan
 from serve.errors import ConfigurationError
 from tests.programs import Retrieving, Sentiment, TwoSteps, Unpicklable, build
@@ -175,13 +175,27 @@ def test_an_adapter_that_cannot_write_answers_is_refused(optimizer):
 
 
 def test_what_cannot_be_sent_to_workers_is_refused_by_name(optimizer):
-    with refused(r"program.lock \(lock\) cannot be sent.*when the program first needs them"):
+    with refused(r"program.lock: _thread.lock cannot be sent.*in a setup hook"):
         plan(optimizer(), Unpicklable())
     lock = threading.Lock()
-    with refused("metric .*cannot be sent"):
+    with refused("metric .uses lock.: _thread.lock cannot be sent"):
         plan(optimizer(metric=lambda example, prediction, trace: lock.locked()))
-    with dspy.context(rm=lock), refused(r"dspy.settings.rm \(lock\) cannot be sent"):
+    with dspy.context(rm=lock), refused("dspy.settings.rm: _thread.lock cannot be sent"):
         plan(optimizer(), Retrieving())
+
+
+class LockedLM(dspy.BaseLM):
+    def __init__(self):
+        super().__init__("locked", "chat", 0.0, 100, False)
+        self.client = threading.Lock()
+
+    def copy(self, **kwargs):
+        return self
+
+
+def test_an_lm_that_cannot_be_sent_is_named_with_its_attribute(optimizer):
+    with dspy.context(lm=LockedLM()), refused("LockedLM.*: lm.client: _thread.lock"):
+        plan(optimizer())
 
 
 @pytest.mark.parametrize(
@@ -190,6 +204,7 @@ def test_what_cannot_be_sent_to_workers_is_refused_by_name(optimizer):
         ({"prompt": "short"}, "prompt='short': expected 'folded' or 'full'"),
         ({"trace": {"concurency": 3}}, r"trace: .*concurency.*concurrency"),
         ({"trace": {"actors": 0}}, r"trace: .*actors"),
+        ({"setup": "module:function"}, "setup: .*Expected a function .program."),
         ({"scratch": {"hidden_sizes": 64}}, r"scratch: .*hidden_sizes.*hidden_size"),
     ],
 )
@@ -199,8 +214,13 @@ def test_a_wrong_option_is_refused_where_it_is_given(optimizer, options, message
 
 
 def test_a_student_model_that_does_not_exist_is_refused(optimizer, tmp_path):
-    with refused("nowhere cannot be loaded: .* Expected scratch, a Hugging Face id, or a folder"):
+    with refused("nowhere cannot be loaded: .* Expected a Hugging Face id, a folder"):
         plan(optimizer(student_model=str(tmp_path / "nowhere")))
+
+
+def test_a_teacher_that_only_a_configuration_can_have_served_is_refused(optimizer):
+    with dspy.context(lm=dspy.LM("ray/org/model")), refused(r"raydistill/org/model.*lm\.launch"):
+        plan(optimizer())
 
 
 def test_a_student_model_that_is_no_language_model_is_refused(optimizer, tmp_path):
@@ -216,13 +236,27 @@ def test_one_student_for_all_predictors_or_one_for_each(optimizer):
     assert len({group.key for group in apart}) == 2
 
 
-@pytest.mark.parametrize(("asked", "actors"), [(None, 2), (1, 1), (5, 2), (64, 2)])
-def test_no_more_examples_are_in_flight_than_num_threads(optimizer, asked, actors):
-    trace = plan(optimizer(num_threads=asked)).trace
-    assert trace.actors == actors
-    in_flight = trace.actors * trace.concurrency
-    assert in_flight <= (asked or 64)
-    assert in_flight > (asked or 64) - actors
+@pytest.mark.parametrize(
+    ("asked", "actors", "smallest", "largest"),
+    [
+        (None, None, 2, 2),
+        (1, None, 1, 1),
+        (5, None, 2, 2),
+        (64, None, 2, 2),
+        (64, {"min": 1, "max": 64}, 1, 8),
+        (64, {"min": 16, "max": 64}, 16, 16),
+        (2, {"min": 4, "max": 8}, 2, 2),
+    ],
+)
+def test_no_more_examples_are_in_flight_than_num_threads(
+    optimizer, monkeypatch, asked, actors, smallest, largest
+):
+    monkeypatch.setattr(preflight, "capacity", {"CPU": 8.0}.get)
+    given = plan(optimizer(num_threads=asked, trace={"actors": actors} if actors else None))
+    trace = preflight.fitted_actors(given.trace, in_flight=given.num_threads)
+    assert (trace.min_actors, trace.max_actors) == (smallest, largest)
+    in_flight = trace.max_actors * trace.concurrency
+    assert (asked or 64) - largest < in_flight <= (asked or 64)
 
 
 def test_another_method_in_the_place_of_training_trains_what_it_likes(optimizer):

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from serve import errors
-from serve.errors import DistillError
+from serve.errors import CallPrevented, DistillError
 
 ALL = [
     value
@@ -24,3 +24,8 @@ def test_an_error_survives_pickling(kind):
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind is not DistillError])
 def test_an_error_is_also_a_standard_one(kind):
     assert issubclass(kind, ValueError | RuntimeError)
+
+
+def test_why_a_call_was_prevented_survives_pickling():
+    error = pickle.loads(pickle.dumps(CallPrevented("no more", "budget")))
+    assert (str(error), error.stop) == ("no more", "budget")

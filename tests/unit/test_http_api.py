@@ -1,5 +1,7 @@
 """What callers see over HTTP, with a stand-in for the student and the real program."""
 
+import asyncio
+
 import dspy
 import openai
 import pytest
@@ -7,8 +9,10 @@ from fastapi.testclient import TestClient
 
 from serve import http_api
 from serve.engines.base import ChatResult, RequestError
+from serve.errors import ConfigurationError
 from serve.folding import Folding
 from serve.program_runner import ProgramRunner
+from serve.student import Manifest
 from tests import tiny_student
 
 pytestmark = pytest.mark.dspy
@@ -74,6 +78,26 @@ def test_a_student_without_a_program_has_its_chat_and_health_alone(student):
 def test_predict_gives_the_programs_typed_outputs(client):
     reply = client.post("/predict", json={"text": "help"})
     assert (reply.status_code, reply.json()) == (200, {"team": "tech", "urgent": True})
+
+
+def test_the_programs_setup_hook_is_called_before_the_first_run(student, tmp_path):
+    make_client(student, tmp_path, "tests.tiny_student:build_open")
+    assert asyncio.run(run(student, tmp_path, setup=None)) == "the desk is closed"
+    found = asyncio.run(run(student, tmp_path, "tests.tiny_student:open_desk"))
+    assert found == {"team": "tech", "urgent": True}
+    jammed = asyncio.run(run(student, tmp_path, "tests.tiny_student:jam_desk"))
+    assert "setup: jam_desk(program) raised OSError: the drawer is jammed" in jammed
+
+
+async def run(student, folder, setup):
+    """What a run of the student's program gives, or the message of what it raises."""
+    Manifest.load(folder).model_copy(update={"setup": setup}).save(folder)
+    runner = ProgramRunner(str(folder), student.complete, 4, "tickets")
+    try:
+        await runner.start()
+        return await runner.run({"text": "help"})
+    except (RuntimeError, ConfigurationError) as error:
+        return str(error)
 
 
 def test_the_schema_is_typed_by_the_signature(chat_client):

@@ -1,19 +1,25 @@
 """Programs: imported, described and fingerprinted; what cannot work is named."""
 
 import copy
+import dataclasses
 import functools
+import re
 import sys
+import threading
+from typing import Any
 
 import dspy
+import pydantic
 import pytest
 
 from distill.fingerprints import code_of
 from distill.programs import (
     Task,
     check_inputs,
+    code_fingerprint,
+    hook_path,
     import_path,
     load_task,
-    metric_fingerprint,
     program_fingerprint,
 )
 from serve.errors import ConfigurationError
@@ -51,8 +57,102 @@ def test_what_cannot_be_imported_is_refused_with_the_reason(program, metric, sai
 
 
 def test_what_cannot_be_sent_to_workers_is_named():
-    with pytest.raises(ConfigurationError, match=r"program\.lock \(lock\)"):
+    with pytest.raises(ConfigurationError, match=r"^program\.lock: _thread\.lock cannot .* setup"):
         task(programs.Unpicklable()).dumps()
+
+
+class Holder:
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+    def search(self, query):
+        return query
+
+
+class Dropping(Holder):
+    """Leaves its lock out of pickles."""
+
+    def __getstate__(self):
+        return {name: each for name, each in vars(self).items() if name != "lock"}
+
+
+class Model(pydantic.BaseModel):
+    client: Any
+
+
+def find_with(client):
+    return lambda query: (client, query)
+
+
+LOCK = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("held", "named"),
+    [
+        (Holder(client=LOCK), "program.held.client: _thread.lock"),
+        ({"a": [1, Holder(client=LOCK)]}, "program.held['a'][1].client: _thread.lock"),
+        (Dropping(lock=LOCK, client=LOCK), "program.held.client: _thread.lock"),
+        (Model(client=LOCK), "program.held.client: _thread.lock"),
+        (Holder(client=LOCK).search, "program.held.__self__.client: _thread.lock"),
+        (find_with(LOCK), "program.held (uses client): _thread.lock"),
+        (functools.partial(print, LOCK), "program.held[0]: _thread.lock"),
+        ((each for each in "abc"), "program.held: builtins.generator"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_innermost_part_that_cannot_be_sent_is_named_with_the_way_to_it(held, named):
+    program = programs.TwoSteps()
+    program.held = held
+    with pytest.raises(ConfigurationError) as caught:
+        task(program).dumps()
+    assert str(caught.value).startswith(f"{named} cannot be sent to Ray's workers")
+
+
+def test_an_lms_history_is_not_what_cannot_be_sent():
+    lm = dspy.LM("openai/x")
+    lm.history.append(LOCK)
+    program = programs.TwoSteps()
+    program.set_lm(lm)
+    task(program).dumps()
+    lm.client = LOCK
+    with pytest.raises(ConfigurationError, match=r"lm\.client: _thread\.lock"):
+        task(program).dumps()
+
+
+def test_what_a_hook_a_metric_or_a_setting_holds_is_named_as_well():
+    base = task(programs.TwoSteps())
+    for changes, named in (
+        ({"setup": find_with(LOCK)}, "setup (uses client): _thread.lock"),
+        ({"metric": find_with(LOCK)}, "metric (uses client): _thread.lock"),
+        ({"settings": {"rm": Holder(client=LOCK)}}, "dspy.settings.rm.client: _thread.lock"),
+    ):
+        with pytest.raises(ConfigurationError, match=re.escape(named)):
+            dataclasses.replace(base, **changes).dumps()
+
+
+def test_a_setup_hook_is_imported_and_takes_the_program():
+    assert load_task("tests.programs:build", None, "tests.programs:connect").setup
+    for path, said in (
+        ("tests.programs:nope", "has no 'nope'"),
+        ("tests.programs:not_callable", "cannot be called with the program"),
+        ("tests.programs:right_mood", "cannot be called with the program"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            load_task("tests.programs:build", None, path)
+
+
+def test_a_fingerprint_changes_with_the_code_of_the_setup_hook():
+    plain = task(programs.TwoSteps())
+    hooks = (None, programs.connect, programs.connect_in_vain, find_with("a"), find_with("b"))
+    names = {program_fingerprint(dataclasses.replace(plain, setup=hook)) for hook in hooks}
+    assert len(names) == len(hooks)
+
+
+def test_a_hook_has_a_path_where_it_can_be_imported():
+    assert hook_path(programs.connect) == "tests.programs:connect"
+    assert hook_path(lambda program: None) is None
+    assert hook_path(functools.partial(programs.connect)) is None
 
 
 def test_inputs_must_fit_the_program():
@@ -125,7 +225,7 @@ def test_a_fingerprint_holds_no_address():
 
     one, other = make(), make()
     assert program_fingerprint(one) == program_fingerprint(other)
-    assert metric_fingerprint(one.metric) == metric_fingerprint(other.metric)
+    assert code_fingerprint(one.metric) == code_fingerprint(other.metric)
 
 
 class Base(dspy.Module):
@@ -169,9 +269,9 @@ class Changed:
 
 
 def test_comments_and_docstrings_of_a_metric_change_nothing_and_its_code_does():
-    plain = metric_fingerprint(Plain.same_mood)
-    assert metric_fingerprint(Documented.same_mood) == plain
-    assert metric_fingerprint(Changed.same_mood) != plain
+    plain = code_fingerprint(Plain.same_mood)
+    assert code_fingerprint(Documented.same_mood) == plain
+    assert code_fingerprint(Changed.same_mood) != plain
 
 
 LEAST = 1
@@ -182,15 +282,15 @@ def long_enough(example, prediction, trace=None):
 
 
 def test_what_a_metric_uses_of_its_module_is_part_of_it(monkeypatch):
-    before = metric_fingerprint(long_enough)
-    assert metric_fingerprint(long_enough) == before
+    before = code_fingerprint(long_enough)
+    assert code_fingerprint(long_enough) == before
     monkeypatch.setattr(sys.modules[__name__], "LEAST", 2)
-    assert metric_fingerprint(long_enough) != before
+    assert code_fingerprint(long_enough) != before
 
 
 def test_lambdas_of_one_line_are_different_metrics():
     one, other = lambda gold, pred, trace=None: gold.a, lambda gold, pred, trace=None: gold.b
-    assert metric_fingerprint(one) != metric_fingerprint(other)
+    assert code_fingerprint(one) != code_fingerprint(other)
 
 
 def test_code_without_source_is_known_by_what_it_does():

@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.config import TraceConfig
-from distill.rows import (
-    check_renderable,
-    count_rejections,
-    keep,
-    predictor_prompts,
-    render_rows,
-)
-from distill.tracing.trace import Failure, FailureKind, PredictorCall, Score, Trace, Usage
+from distill.rows import check_renderable, predictor_prompts, render_rows
+from distill.tracing.trace import PredictorCall, Trace, Usage
 from distill.tracing.values import jsonable, revive, revive_prediction
 from serve.errors import ConfigurationError
 from serve.folding import Folding
@@ -25,33 +18,12 @@ from tests import programs
 pytestmark = pytest.mark.dspy
 
 
-def trace(calls=(), score=None, failure=None, prediction=None):
-    kept = None if score is None else Score("m", score if score != "broken" else None, None)
-    if score == "broken":
-        kept = Score("m", None, "KeyError")
-    return Trace("k", "e", tuple(calls), prediction, Usage(), 0.0, kept, failure)
+def trace(calls=()):
+    return Trace("k", "e", tuple(calls), None, Usage(), 0.0)
 
 
 def judged(text="sun", mood="good"):
     return PredictorCall("judge", {"text": text}, {"mood": mood})
-
-
-PARSE = Failure(FailureKind.PARSE, "AdapterParseError", "?")
-ERROR = Failure(FailureKind.PROGRAM, "ValueError", "?")
-
-
-def test_a_failure_is_never_kept_and_the_metric_filters():
-    traces = [trace(score=1.0), trace(score=0.0), trace(score=-1.0), trace(score="broken")]
-    traces += [trace(failure=PARSE), trace(failure=ERROR)]
-    assert keep(traces, TraceConfig(), has_metric=True) == traces[:1]
-    assert keep(traces, TraceConfig(keep="all"), has_metric=True) == traces[:4]
-    assert keep(traces, TraceConfig(), has_metric=False) == traces[:4]
-    assert count_rejections(traces, traces[:1]) == {"metric": 2, "parse": 1, "error": 2}
-
-
-def test_a_metric_error_is_not_a_rejection_where_all_is_kept():
-    traces = [trace(score="broken")]
-    assert count_rejections(traces, traces)["error"] == 0
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.XMLAdapter(), dspy.JSONAdapter()])

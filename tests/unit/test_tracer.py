@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from typing import NamedTuple
 
 import dspy
 import pytest
@@ -38,9 +39,9 @@ def teacher():
 def run(teacher, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "not-a-key")
 
-    def run(program, text, metric=None, mood="good"):
+    def run(program, text, metric=None, mood="good", **settings):
         lm = dspy.LM("openai/stand-in", api_base=teacher.api_base, cache=False, num_retries=0)
-        task = Task(program, dspy.ChatAdapter(), metric)
+        task = Task(program, dspy.ChatAdapter(), metric, settings)
         example = dspy.Example(text=text, mood=mood).with_inputs("text")
 
         async def once():
@@ -86,7 +87,7 @@ def test_a_retrieving_program_keeps_what_it_retrieved(run):
     [
         (programs.Raising, "boom", FailureKind.PROGRAM, "cannot handle boom"),
         (programs.build, "garbled", FailureKind.PARSE, "I would rather not say."),
-        (programs.build, "refused", FailureKind.TEACHER, "bad key"),
+        (programs.build, "refused", FailureKind.PREVENTED, "bad key"),
     ],
 )
 def test_whatever_raises_becomes_a_failure_of_its_kind(run, program, text, kind, said):
@@ -154,6 +155,37 @@ def test_calls_of_a_predictors_own_lm_are_counted(run, teacher):
     trace, _, _ = run(program, "sun")
     assert trace.usage.calls == 2
     assert trace.usage.prompt_tokens > 100
+
+
+class Choice(NamedTuple):
+    """Holds an LM as programs may."""
+
+    name: str
+    lm: dspy.LM
+
+
+def test_calls_of_lms_in_settings_and_of_held_ones_are_counted(run, teacher):
+    class Choosing(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.judge = dspy.Predict(programs.Sentiment)
+            self.choices = [(Choice("own", lm()), 1)]
+            self.choices.append(self.choices)
+
+        def forward(self, text):
+            for choice in (self.choices[0][0].lm, dspy.settings.cheap, dspy.settings.many["a"][0]):
+                with dspy.context(lm=choice):
+                    found = self.judge(text=text)
+            return found
+
+    def lm():
+        return dspy.LM("openai/own", api_base=teacher.api_base, cache=False)
+
+    many = {"a": (lm(),)}
+    many["self"] = many
+    trace, _, _ = run(Choosing(), "sun", cheap=lm(), many=many)
+    assert trace.failure is None
+    assert trace.usages["judge"].calls == 3
 
 
 def test_calls_in_a_programs_own_threads_are_counted_and_kept(run):
