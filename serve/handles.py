@@ -1,9 +1,11 @@
-"""Launched students as seen by those who ask them: by name, through Ray's handle.
+"""Models on Ray Serve as seen by those who ask them: by name, through Ray's handle.
 
-Owns the applications' names, and the translation of what Ray raises into what the request
-itself has run into. Launching is ``launch``.
+Owns the applications' names, of launched students and of models that serve one job, and the
+translation of what Ray raises into what the request itself has run into. Launching is ``launch``,
+serving for a job ``temporary``.
 """
 
+import asyncio
 import hashlib
 
 import ray
@@ -20,6 +22,7 @@ from serve.engines.base import ChatRequest, ChatResult, Complete, Overloaded, Re
 from serve.models import full_name
 
 APP_PREFIX = "raydistill-student-"
+JOB_APP_PREFIX = "raydistill-job-"
 
 
 class Gone(Overloaded):
@@ -61,3 +64,34 @@ def completing(student: DeploymentHandle) -> Complete:
             raise
 
     return complete
+
+
+def job_app_name(model: str) -> str:
+    """The application of a model in this process's job."""
+    job = ray.get_runtime_context().get_job_id()
+    return f"{JOB_APP_PREFIX}{job}-{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+
+
+def completing_in_job(model: str) -> Complete:
+    """A function that asks the model served in this job; it may be made before that is."""
+    asked: Complete | None = None
+
+    async def ask(request: ChatRequest) -> ChatResult:
+        nonlocal asked
+        if asked is None:
+            asked = await asyncio.to_thread(_find, model)
+        try:
+            return await asked(request)
+        except Gone:
+            # The next block that serves it makes a new one.
+            asked = None
+            raise
+
+    return ask
+
+
+def _find(model: str) -> Complete:
+    try:
+        return completing(ray.serve.get_app_handle(job_app_name(model)))
+    except RayServeException as error:
+        raise Gone(f"{model} is not served in this job: {error}") from error

@@ -88,9 +88,9 @@ def forget(student: str) -> None:
 
 def in_this_job(model: str) -> Reached:
     """A model that is served for this Ray job, looked for at the first request."""
-    from serve.temporary import complete
+    from serve.handles import completing_in_job
 
-    return Reached(complete(model), _loop())
+    return Reached(completing_in_job(model), _loop())
 
 
 def _launched(student: str) -> Reached | None:

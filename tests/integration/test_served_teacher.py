@@ -22,6 +22,7 @@ from distill.tracing.trace import METRIC
 from serve import running, temporary
 from serve.deployments import Scale
 from serve.errors import StudentError
+from serve.handles import JOB_APP_PREFIX, job_app_name
 from tests import programs
 from tests.runs import BAD, GOOD, ROOT, RunFolder, environment, mood_of
 from tests.tiny_teacher import make_teacher
@@ -132,12 +133,12 @@ def test_a_model_that_does_not_load_is_told_with_its_cause(job, teacher_dir, tmp
 
 def test_what_ended_jobs_left_is_taken_down_and_nothing_else(teacher_dir):
     ray.serve.start(proxy_location="Disabled")
-    leftover, other = f"{temporary.APP_PREFIX}00ffff00-0", "other"
+    leftover, other = f"{JOB_APP_PREFIX}00ffff00-0", "other"
     for name in (leftover, other):
         app = ray.serve.deployment(lambda: "hi", ray_actor_options={"num_cpus": 0}).bind()
         ray.serve.run(app, name=name, route_prefix=None)
     with temporary.served(str(teacher_dir), Scale()):
-        ours = temporary.app_name(str(teacher_dir))
+        ours = job_app_name(str(teacher_dir))
         assert set(ray.serve.status().applications) == {other, ours}
         temporary.sweep()
         assert set(ray.serve.status().applications) == {other, ours}

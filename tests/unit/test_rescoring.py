@@ -94,6 +94,15 @@ def test_an_lm_of_the_settings_is_paid_for_like_the_judge(scored):
     assert type(cheap["lm"]) is Asked
 
 
+@pytest.fixture
+def interruptible():
+    """As in a terminal: a process in the background is started to ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_it_though_the_metrics_calls_wait_for_a_permit(scored):
     interrupted = []
 
