@@ -34,7 +34,7 @@ test: $(INSTALLED)  ## unit and integration tests
 test-unit: $(INSTALLED)  ## unit tests only: seconds
 	$(BIN)/python -m pytest tests/unit
 
-test-cluster: $(INSTALLED)  ## several Ray nodes on this machine, some of them killed: minutes
+test-cluster: $(INSTALLED)  ## several Ray nodes on this machine, that join and are killed: minutes
 	$(BIN)/python -m pytest tests/cluster
 
 test-compat: $(COMPAT_INSTALLED)  ## what touches DSPy, tested on the oldest one supported

@@ -1,6 +1,6 @@
-"""A run for ``test_kills`` to kill: traces texts on a cluster, and says who is at it.
+"""A run for the tests: traces texts on a cluster, and says who is at it.
 
-python traced_run.py ADDRESS API_BASE FOLDER COUNT
+python traced_run.py ADDRESS API_BASE FOLDER COUNT ACTORS
 """
 
 import os
@@ -32,21 +32,22 @@ class Signing(dspy.Module):
         return self.judge(text=text)
 
 
-def make_job(api_base: str, folder: str, count: int) -> Collection:
-    """Two actors, 32 calls in flight."""
+def make_job(api_base: str, folder: str, count: int, actors: int = 2) -> Collection:
+    """Two actors at most, 32 calls in flight."""
     settings = {"model": "openai/stand-in", "api_base": api_base, "num_retries": 0}
     return Collection(
         task=Task(Signing(folder), dspy.ChatAdapter(), None),
         lm=teacher_lm(settings),
         examples=[dspy.Example(text=f"sunny {n}").with_inputs("text") for n in range(count)],
         store=TraceStore(f"{folder}/traces"),
-        actors=2,
+        actors=actors,
+        max_actors=2,
         concurrency=16,
         limits=Limits(max_failure_rate=0.01),
     )
 
 
 if __name__ == "__main__":
-    address, api_base, folder, count = sys.argv[1:]
+    address, api_base, folder, count, actors = sys.argv[1:]
     ray.init(address=address, log_to_driver=False)
-    collect(make_job(api_base, folder, int(count)), lambda *_: None)
+    collect(make_job(api_base, folder, int(count), int(actors)), lambda *_: None)
