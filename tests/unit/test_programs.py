@@ -96,7 +96,7 @@ LOCK = threading.Lock()
         (Model(client=LOCK), "program.held.client: _thread.lock"),
         (Holder(client=LOCK).search, "program.held.__self__.client: _thread.lock"),
         (find_with(LOCK), "program.held (uses client): _thread.lock"),
-        (functools.partial(print, LOCK), "program.held[0]: _thread.lock"),
+        (functools.partial(len, LOCK), "program.held[0]: _thread.lock"),
         ((each for each in "abc"), "program.held: builtins.generator"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
