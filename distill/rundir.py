@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -47,11 +48,13 @@ class RunDir:
             ConfigurationError: It cannot.
             StorageError: There is no room.
         """
+        # Of its own, since students that are trained together are checked together.
+        probe = f".writable-{uuid.uuid4().hex}"
         try:
             with self.guarded():
                 self._fs.makedirs(self._root, exist_ok=True)
-                self.write_text(".writable", "")
-                self._fs.rm(f"{self._root}/.writable")
+                self.write_text(probe, "")
+                self._fs.rm(f"{self._root}/{probe}")
         except OSError as error:
             raise ConfigurationError(
                 f"storage: {self.uri} cannot be written ({error.strerror or error}). Make it "

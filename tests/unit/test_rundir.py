@@ -1,6 +1,7 @@
 """The run directory: the same on a local folder and on a remote filesystem."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -23,6 +24,13 @@ def test_json_comes_back_and_what_is_missing_is_none(directory):
     assert directory.read_json("none.json") is None
     assert directory.exists("a/b.json")
     assert not directory.exists("none.json")
+
+
+def test_many_may_make_the_same_directory_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = [pool.submit(RunDir(str(tmp_path / "run")).create) for _ in range(200)]
+    assert [each.result() for each in made] == 200 * [None]
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_folder_is_replaced_whole(directory):
