@@ -1,5 +1,6 @@
 """What tracing will take, told from prompts rendered for a sample; no teacher is called."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from distill.preflight import Inputs
 from distill.tracing.conductor import CallSettings
 from distill.tracing.prices import cost_usd, price_of
 from serve.dspy_lm import list_price
+
+logger = logging.getLogger(__name__)
 
 CHARS_PER_TOKEN = 4
 SAMPLE = 20
@@ -76,7 +79,8 @@ def _characters(
     try:
         prompt = adapter.format(signature, list(demos), values)
     # A type that takes no text: then without the values, whose length is added.
-    except Exception:
+    except Exception as error:
+        logger.info("A prompt was estimated, since it cannot be rendered: %s", error)
         text = f"{signature.instructions}{values}{signature.fields}"
         prompt = [{"content": text}]
     answer = {name: given.get(name, UNKNOWN) for name in signature.output_fields}
