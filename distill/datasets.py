@@ -203,7 +203,8 @@ def _to_example(source: str, number: int, record: Record, data: DataConfig) -> d
     missing = [name for name in data.inputs if fields.get(name) is None]
     if missing:
         raise ConfigurationError(f"{source}: example {number} has no {missing[0]!r}.")
-    return dspy.Example(**fields).with_inputs(*data.inputs)
+    # As one dictionary: a column may be called "self" or "base".
+    return dspy.Example(fields).with_inputs(*data.inputs)
 
 
 def distinct(examples: Sequence[dspy.Example]) -> dict[str, dspy.Example]:

@@ -1,7 +1,15 @@
 """Settings of all tests."""
 
+import os
+
 from hypothesis import HealthCheck, settings
 
-# Time says something about the machine, not about the code.
-settings.register_profile("raydistill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "raydistill",
+    # Time says something about the machine, not about the code.
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    # New examples are looked for where somebody sees what they break.
+    derandomize="CI" in os.environ,
+)
 settings.load_profile("raydistill")

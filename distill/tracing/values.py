@@ -59,7 +59,7 @@ def revive_prediction(values: Mapping[str, Any], program: dspy.Module) -> Any:
     fields: dict[str, Any] = {}
     for predictor in program.predictors():
         fields.update(predictor.signature.output_fields)
-    return dspy.Prediction(**revive(values, fields))
+    return dspy.Prediction(revive(values, fields))
 
 
 def _validated(value: Any, annotation: Any) -> Any:
