@@ -210,17 +210,43 @@ class TrainConfig(Section):
     """Weight of the prompt's tokens in the loss; null is 0, or 0.3 for a scratch student."""
     bf16: bool | Literal["auto"] = "auto"
     logging_steps: Positive = 10
+    eval_strategy: Literal["epoch", "steps"] = "epoch"
+    """When the validation rows are answered. ``epoch``: after each. ``steps``: after each and
+    every ``eval_steps`` optimizer steps; each of these may give the student."""
+    eval_steps: Positive = 500
+    select_by: Literal["exact", "loss", "metric"] = "exact"
+    """What the student is chosen by: ``exact``, the validation completions that it gives
+    exactly, and of equals the lower loss; ``loss``, the validation loss; ``metric``, the
+    program's own, with the kept checkpoints answering the dev set after training."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations without a better one after which training ends; by loss or by exact, as
+    ``select_by`` says, and for ``metric`` by exact. null: it never ends early."""
     save_strategy: Literal["no", "epoch", "steps"] = "epoch"
     """When the state of training is saved, for an interrupted run to go on from.
 
     ``epoch``: after each. ``steps``: after each and every ``save_steps`` optimizer steps.
-    The student is then the one of the best epoch. ``no``: only at the end, so that an
-    interrupted run starts anew; the student is the one of the last epoch.
+    The student is then the best one, by ``select_by``. ``no``: only at the end, so that an
+    interrupted run starts anew; the student is the last one.
     """
     save_steps: Positive = 500
+    save_total_limit: Positive | None = None
+    """How many checkpoints are kept, the best ones; the latest is kept besides. null is 1, or
+    3 where the metric is to choose among them."""
+    report_to: list[Literal["mlflow", "wandb"]] = []
+    """What is told of the training besides TensorBoard's files. Where it is, and with which
+    account, is for its own environment variables to say."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     deepspeed: dict[str, Any] = {}
     """Merged over the generated DeepSpeed configuration."""
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> "TrainConfig":
+        if self.select_by != "exact" and self.save_strategy == "no":
+            raise ValueError(
+                f"select_by={self.select_by} chooses among checkpoints, and save_strategy=no keeps "
+                "only the last. Use save_strategy=epoch"
+            )
+        return self
 
     def fitted_to(self, model: str) -> "TrainConfig":
         """The same, with what was not given as a student of this model needs it."""

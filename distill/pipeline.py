@@ -29,7 +29,7 @@ from distill.evaluation.evaluate import (
     student_lm,
     teacher_lm,
 )
-from distill.evaluation.report import ExampleResult, build_report, render_html
+from distill.evaluation.report import ExampleResult, build_report, render_html, summarise_arm
 from distill.finetune import FineTuning, fine_tune
 from distill.fingerprints import fingerprint
 from distill.preflight import Inputs
@@ -171,12 +171,14 @@ def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
             f"{directory.join('student')}: is not the student of these traces and this "
             "configuration. Run raydistill train first."
         )
+    training = summary.training_section(directory.read_json(f"{export.STUDENT}/{export.TRAINING}"))
+    spent_usd = rows.spent_usd + sum(
+        candidate["cost_usd"] for candidate in training.get("candidates", ())
+    )
     report = build_report(
-        arms=_run_arms(run, job.identity(), rows.spent_usd),
+        arms=_run_arms(run, job.identity(), spent_usd),
         tracing=rows.tracing,
-        training=summary.training_section(
-            directory.read_json(f"{export.STUDENT}/{export.TRAINING}")
-        ),
+        training=training,
         leakage={"test_in_train": count_leaks([*inputs.train, *inputs.dev], inputs.test)},
         run=summary.run_section(directory, config),
         folding=rows.folding,
@@ -212,7 +214,26 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
         profile=profile,
         directory=run.directory,
         folder=export.STUDENT,
+        score=functools.partial(_score_students, run, rows.spent_usd),
     )
+
+
+def _score_students(
+    run: Run, spent_usd: float, students: Sequence[tuple[str, str]]
+) -> list[tuple[float, float]]:
+    """What the program scores on the dev set with each of these students, and its cost in USD."""
+    scores = []
+    for number, (model, identity) in enumerate(students, start=1):
+        job = _student_job(run, model, identity, spent_usd, run.inputs.dev)
+        job = dataclasses.replace(job, stage=f"score {number}/{len(students)}")
+        spending = job.spending()
+        with run.progress.stage(job.stage) as stage:
+            results = run_arm(job, summary.show_tracing(stage), spending)
+            score = summarise_arm(results, has_metric=True)["score"]
+            stage.update(len(results), len(results), f"metric {score:.3f}")
+        scores.append((score, spending.cost_usd))
+        spent_usd += spending.cost_usd
+    return scores
 
 
 def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[ExampleResult] | None]:
@@ -225,7 +246,7 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
         if name == "teacher":
             job = teacher_job(run, run.inputs.test, spent_usd)
         elif name in models:
-            job = _student_job(run, *models[name], spent_usd)
+            job = _student_job(run, *models[name], spent_usd, run.inputs.test)
         else:
             arms[name] = None
             continue
@@ -237,13 +258,19 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
     return arms
 
 
-def _student_job(run: Run, model: str, identity: Any, spent_usd: float) -> Collection:
+def _student_job(
+    run: Run,
+    model: str,
+    identity: Any,
+    spent_usd: float,
+    examples: Sequence[dspy.Example],
+) -> Collection:
     config = run.config
     num_gpus = 1 if preflight.use_gpu(config.train) else 0
     lm = student_lm(model, identity, num_gpus, teacher_lm(config.teacher.lm))
     # Its own calls cost nothing, and may fail; its metric's are a teacher's.
     limits = dataclasses.replace(Limits.of(config.trace, spent_usd), max_failure_rate=1.0)
-    return _job(run, for_student(run.inputs.task), lm, run.inputs.test, limits)
+    return _job(run, for_student(run.inputs.task), lm, examples, limits)
 
 
 def teacher_job(

@@ -23,6 +23,7 @@ from distill.config import (
 from distill.evaluation.evaluate import teacher_lm
 from distill.fingerprints import model_files
 from distill.programs import Task
+from distill.training import tracking
 from distill.training.deepspeed_config import make_deepspeed_config
 from serve.cluster import capacity
 from serve.errors import ConfigurationError
@@ -61,6 +62,7 @@ def load(config: RunConfig) -> Inputs:
     if config.student.prompt == "folded":
         folding = Folding.learn(prompts, task.adapter)
     check_training(config.student.model, config.train, rendered if _any_full(folding) else ())
+    _check_choice(config, dev)
     return Inputs(task, train, dev, test, folding)
 
 
@@ -87,6 +89,7 @@ def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messag
     Raises:
         ConfigurationError: It cannot.
     """
+    tracking.check(train.report_to)
     make_deepspeed_config(train, num_workers=train.num_workers, use_gpu=False, bf16_supported=True)
     if model != SCRATCH:
         # Imported here: it brings torch, which a scratch student's check does not need.
@@ -181,6 +184,20 @@ def base_fingerprint(model: str) -> Any:
     if not folder.is_dir():
         return model
     return [model, *model_files(folder)]
+
+
+def _check_choice(config: RunConfig, dev: Sequence[dspy.Example]) -> None:
+    """See that what the student is to be chosen by is there."""
+    if config.train.select_by != "metric":
+        return
+    lacking = "no metric is given" if config.metric is None else ""
+    if not dev:
+        lacking = f"{config.data.dev or config.data.train}: gives no dev examples to score it on"
+    if lacking:
+        raise ConfigurationError(
+            f"train.select_by=metric chooses by the program's metric on the dev set; {lacking}. "
+            "Give metric and data.dev, or use train.select_by=exact or loss."
+        )
 
 
 def _any_full(folding: Folding | None) -> bool:

@@ -126,6 +126,12 @@ class RayProvider(Provider):
         """
         base = full_name(student_of(model))
         kwargs = parse_train_kwargs(train_kwargs, base)
+        if kwargs.train.select_by == "metric":
+            raise ConfigurationError(
+                "train_kwargs['select_by']='metric': a fine-tuning job knows rows, and no program "
+                "to run its metric on. Use 'exact' or 'loss', or raydistill run with a "
+                "configuration file."
+            )
         preflight.check_training(base, kwargs.train, prompts)
         self._directory(kwargs).create()
         return kwargs

@@ -1,14 +1,14 @@
 """What training leaves behind on its way, and how it goes on from there.
 
-A checkpoint holds ``engine/``, DeepSpeed's own state of every rank, and after an epoch also
+A checkpoint holds ``engine/``, DeepSpeed's own state of every rank, and at an evaluation also
 ``model/``, a plain Hugging Face directory that needs nothing of ours to load. Ray Train
-stores it. When one is saved is for ``loop``.
+stores it. When one is saved is for ``loop``, which is the better one for ``choice``.
 """
 
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from serve.errors import TrainingError
+
 ENGINE_TAG = "engine"
 MODEL_FOLDER = "model"
 SCORE = "quality"
 """The metric by which Ray Train chooses the checkpoint that it keeps."""
 
-# Finite, since it goes through JSON: within an epoch there is no student to choose.
-_WORST = -sys.float_info.max
+WORST = -sys.float_info.max
+"""Of a checkpoint that holds no student to choose. Finite, since it goes through JSON."""
 
 
 @dataclass(frozen=True)
@@ -33,45 +35,65 @@ class Position:
         history: A summary of each finished epoch.
         losses: Of the steps done in the epoch under way.
         seconds: Spent on these.
+        eval_seconds: Spent on evaluations within the epoch under way.
+        evaluations: All that there have been; see ``choice``.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    eval_seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, of the finished epochs and the one under way."""
+        return sum(epoch["steps"] for epoch in self.history) + len(self.losses)
 
-def quality(epoch: Mapping[str, Any]) -> float:
-    """How good the student of an epoch is; more is better.
+    @classmethod
+    def read(cls, saved: Mapping[str, Any], steps_per_epoch: int) -> "Position":
+        """A position as it was saved, maybe by an earlier version that knew less.
 
-    First counts how many validation completions it would give exactly, then their loss:
-    a student goes on getting more answers right long after the loss of the ones that it
-    gets wrong has begun to rise. Without validation rows the training loss decides.
-    """
-    if epoch["val_loss"] is None:
-        return -epoch["train_loss"]
-    return epoch["val_exact"] - 1e-6 * epoch["val_loss"]
+        Args:
+            saved: Its fields.
+            steps_per_epoch: Optimizer steps of a whole epoch.
+
+        Raises:
+            TrainingError: A later version saved it, with what this one does not know.
+        """
+        unknown = sorted(saved.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise TrainingError(
+                f"The checkpoint was saved by another version of raydistill: it holds "
+                f"{', '.join(unknown)}, which this one does not know. Go on with that version, or "
+                "remove the run's checkpoints to train anew."
+            )
+        history = [{"steps": steps_per_epoch, **epoch} for epoch in saved["history"]]
+        ends = [{"step": steps_per_epoch * epoch["epoch"], **epoch} for epoch in history]
+        return cls(**{"evaluations": ends, **saved, "history": history})
 
 
 def save_step(engine: Any, position: Position) -> None:
-    """Save the state within an epoch, to go on from there. Every rank calls it."""
-    metrics = {SCORE: _WORST, "history": position.history}
+    """Save the state between evaluations, to go on from there. Every rank calls it."""
+    metrics = {SCORE: WORST, "history": position.history, "evaluations": position.evaluations}
     with tempfile.TemporaryDirectory(prefix="raydistill-checkpoint-") as folder:
         _report(engine, folder, position, metrics)
 
 
-def save_epoch(engine: Any, position: Position, tokenizer: Any) -> None:
-    """Save the state and the student after an epoch. Every rank calls it.
+def save_student(engine: Any, position: Position, tokenizer: Any, score: float) -> None:
+    """Save the state and the student after an evaluation. Every rank calls it.
 
     Args:
         engine: The DeepSpeed engine.
-        position: Where training is; its last epoch's summary goes to Ray Train.
+        position: Where training is; its last evaluation goes to Ray Train.
         tokenizer: Saved beside the weights.
+        score: How good the student is.
     """
-    summary = position.history[-1]
     metrics = {
-        **summary,
-        SCORE: quality(summary),
+        **position.evaluations[-1],
+        SCORE: score,
         "history": position.history,
+        "evaluations": position.evaluations,
         "num_parameters": _num_parameters(engine.module),
     }
     with tempfile.TemporaryDirectory(prefix="raydistill-checkpoint-") as folder:
@@ -85,11 +107,14 @@ def _report(engine: Any, folder: str, position: Position, metrics: dict[str, Any
     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def resume(engine: Any) -> Position:
+def resume(engine: Any, steps_per_epoch: int) -> Position:
     """Load the latest checkpoint into the engine, if there is one. Every rank calls it.
 
     Returns:
         Where it was saved; the beginning where there is none.
+
+    Raises:
+        TrainingError: It cannot be gone on from.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -98,7 +123,7 @@ def resume(engine: Any) -> Position:
         _, client_state = engine.load_checkpoint(folder, tag=ENGINE_TAG)
         # Ranks of a node share a downloaded copy; none may leave while others read.
         dist.barrier()
-    return Position(**client_state["position"])
+    return Position.read(client_state["position"], steps_per_epoch)
 
 
 def export_model(engine: Any, tokenizer: Any, folder: Path) -> None:

@@ -17,10 +17,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from distill.config import SCRATCH, StudentConfig, TrainConfig
 from distill.training.batches import EncodedRows
 from distill.training.checkpoints import SCORE
+from distill.training.choice import num_kept
 from distill.training.loop import train_loop_per_worker
 from distill.training.mailbox import Event, run_with_events
 from distill.training.resources import cpus_per_worker
-from distill.training.room import my_turn, wait_for_room
+from distill.training.room import my_turn, num_jobs, wait_for_room
 from serve.errors import DistillError, TrainingError
 
 
@@ -50,15 +51,39 @@ def fit(
     name: str,
     on_event: Callable[[Event], None],
     cancelled: Callable[[], bool],
+    on_wait: Callable[[str], None],
 ) -> ray.train.Result:
     """Train, or go on where an earlier call of the same name stopped.
 
     Raises:
+        ConfigurationError: The cluster could never hold the workers.
         TrainingError: Training failed.
         TrainingCancelled: ``cancelled`` said so.
     """
-    use_gpu = _use_gpu(train)
-    worker = {"CPU": 1 if use_gpu else _cpus_per_worker(train)} | ({"GPU": 1} if use_gpu else {})
+    try:
+        with ExitStack() as turn:
+            turn.enter_context(my_turn(cancelled))
+            worker = _worker_resources(train)
+            wait_for_room([worker] * train.num_workers, cancelled, on_wait)
+            start = _starter(data, student, train, worker, storage, name)
+            result = run_with_events(start, on_event, cancelled, on_start=turn.close)
+    except TrainingFailedError as error:
+        raise TrainingError(_explain(error)) from error
+    if result.return_value is not None:
+        raise result.return_value
+    return result
+
+
+def _starter(
+    data: Data,
+    student: StudentConfig,
+    train: TrainConfig,
+    worker: dict[str, float],
+    storage: str,
+    name: str,
+) -> Callable[[Any], ray.train.Result]:
+    """What starts the workers, given a mailbox, and waits for their end."""
+    use_gpu = "GPU" in worker
     loop_config = {
         "train": train.model_dump(),
         "base": data.base,
@@ -70,7 +95,7 @@ def fit(
     scaling_config = ray.train.ScalingConfig(
         num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=worker
     )
-    run_config = _run_config(storage, name, use_gpu)
+    run_config = _run_config(storage, name, train, use_gpu)
 
     def start(mailbox: Any) -> ray.train.Result:
         # Only now, since they may be large and the wait for room long.
@@ -84,25 +109,16 @@ def fit(
         )
         return trainer.fit()
 
-    try:
-        with ExitStack() as turn:
-            turn.enter_context(my_turn(cancelled))
-            wait_for_room([worker] * train.num_workers, cancelled)
-            result = run_with_events(start, on_event, cancelled, on_start=turn.close)
-    except TrainingFailedError as error:
-        raise TrainingError(_explain(error)) from error
-    if result.return_value is not None:
-        raise result.return_value
-    return result
+    return start
 
 
-def _run_config(storage: str, name: str, use_gpu: bool) -> ray.train.RunConfig:
+def _run_config(storage: str, name: str, train: TrainConfig, use_gpu: bool) -> ray.train.RunConfig:
     return ray.train.RunConfig(
         storage_path=storage,
         name=name,
         failure_config=ray.train.FailureConfig(max_failures=2),
         checkpoint_config=ray.train.CheckpointConfig(
-            num_to_keep=1,
+            num_to_keep=num_kept(train.save_total_limit, train.select_by),
             checkpoint_score_attribute=SCORE,
             checkpoint_score_order="max",
         ),
@@ -135,9 +151,12 @@ def _use_gpu(train: TrainConfig) -> bool:
     return ray.cluster_resources().get("GPU", 0) >= train.num_workers
 
 
-def _cpus_per_worker(train: TrainConfig) -> int:
+def _worker_resources(train: TrainConfig) -> dict[str, float]:
+    """What a worker takes; the CPUs are divided among all jobs that want to train now."""
+    if _use_gpu(train):
+        return {"CPU": 1, "GPU": 1}
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    return cpus_per_worker(nodes, train.num_workers)
+    return {"CPU": cpus_per_worker(nodes, train.num_workers * num_jobs())}
 
 
 def _explain(error: TrainingFailedError) -> str:

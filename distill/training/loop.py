@@ -2,11 +2,14 @@
 
 Data, engine, steps, validation, checkpoint, progress: the whole of it reads from
 ``train_loop_per_worker`` down. What is trained on is decided in ``batches``, how in
-``engine``, what is left behind in ``checkpoints``; ``job`` starts it.
+``engine``, what is left behind in ``checkpoints``, which student is the better one in
+``choice``; ``job`` starts it.
 """
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -25,8 +28,10 @@ from distill.training.batches import (
     derive_seed,
     plan_epoch,
 )
-from distill.training.checkpoints import Position, resume, save_epoch, save_step
+from distill.training.checkpoints import Position, resume, save_step, save_student
+from distill.training.choice import is_among_best, num_kept, quality, since_best
 from distill.training.engine import start_engine, validate_batch, weighted_loss_sum
+from distill.training.mailbox import Progress
 from serve.errors import DistillError, TrainingCancelled, TrainingError
 
 
@@ -80,71 +85,138 @@ class Training:
 
     def run(self) -> None:
         """Train what is left."""
-        position = resume(self.engine)
-        if len(position.history) == self.train.num_train_epochs:
+        position = resume(self.engine, self.steps_per_epoch)
+        if self._is_over(position):
             return
-        number = self._steps_done(position)
-        self.progress.send(self._event("train_start", len(position.history) + 1, number))
-        self._agree([], number)
-        while len(position.history) < self.train.num_train_epochs:
+        self.progress.send(self._event("train_start", position.step, len(position.history) + 1))
+        self._agree([], position.step)
+        while not self._is_over(position):
             position = self._train_epoch(position)
 
-    def _train_epoch(self, position: Position) -> Position:
-        """Train the epoch under way to its end, validate and save."""
-        started = time.monotonic()
-        losses = self._train_steps(position)
-        trained_s = position.seconds + time.monotonic() - started
-        val_loss, val_exact = self._validate() if len(self.val_rows) else (None, None)
-        summary = {
-            "epoch": len(position.history) + 1,
-            "train_loss": sum(losses) / len(losses),
-            "val_loss": val_loss,
-            "val_exact": val_exact,
-            "seconds": position.seconds + time.monotonic() - started,
-            "tokens_per_s": int(self.rows.offsets[-1]) / trained_s,
-        }
-        position = Position(history=[*position.history, summary])
-        epoch = len(position.history)
-        if epoch == self.train.num_train_epochs or self.train.save_strategy != "no":
-            save_epoch(self.engine, position, self.tokenizer)
-        event = self._event("train_epoch", epoch, self._steps_done(position))
-        self.progress.send({**event, **summary}, wait=True)
-        return position
+    def _is_over(self, position: Position) -> bool:
+        return len(position.history) == self.train.num_train_epochs or self._gives_up(position)
 
-    def _train_steps(self, position: Position) -> list[float]:
-        """The steps that are left of the epoch under way; returns the losses of all its steps."""
+    def _gives_up(self, position: Position) -> bool:
+        patience = self.train.early_stopping_patience
+        waited = since_best(position.evaluations, self.train.select_by)
+        return patience is not None and waited >= patience
+
+    def _train_epoch(self, position: Position) -> Position:
+        """Train what is left of the epoch under way; validate, save and report on the way."""
         self.engine.train()
-        started = since = time.monotonic()
-        losses, window, tokens = list(position.losses), [], 0
+        since, window, tokens = time.monotonic(), [], 0
         epoch = len(position.history) + 1
         plan = self._plan(self.rows, self.prompt_weight, epoch)
-        first = self._steps_done(position) + 1
-        for number, step in enumerate(plan[len(losses) :], start=first):
+        for number, step in enumerate(plan[len(position.losses) :], start=position.step + 1):
             window.append(self._step(step, number))
             tokens += self._count_tokens(step)
             ends = number % len(plan) == 0
-            saves = not ends and self._saves_at(number)
-            if not (ends or saves or number % self.train.logging_steps == 0):
+            evaluates, saves = ends or self._evaluates_at(number), self._saves_at(number)
+            if not (evaluates or saves or number % self.train.logging_steps == 0):
                 continue
             agreed = self._agree(window, number)
-            losses += agreed
-            event = self._event("train_step", epoch, number)
-            event["loss"] = sum(agreed) / len(agreed)
-            event["tokens_per_s"] = tokens / (time.monotonic() - since)
-            self.progress.send(event)
-            if saves:
-                seconds = position.seconds + time.monotonic() - started
-                save_step(self.engine, Position(position.history, list(losses), seconds))
-            window, since, tokens = [], time.monotonic(), 0
-        return losses
+            seconds = time.monotonic() - since
+            position = replace(
+                position,
+                losses=[*position.losses, *agreed],
+                seconds=position.seconds + seconds,
+            )
+            self._tell_step(number, epoch, sum(agreed) / len(agreed), tokens / seconds)
+            if evaluates:
+                position = self._evaluate(position, plan)
+                if len(position.history) == epoch:
+                    break
+            elif saves:
+                save_step(self.engine, position)
+            since, window, tokens = time.monotonic(), [], 0
+        return position
+
+    def _evaluate(self, position: Position, plan: Sequence[Step]) -> Position:
+        """Validate, end the epoch where it ends or patience does, save and report."""
+        started = time.monotonic()
+        val_loss, val_exact = self._validate() if len(self.val_rows) else (None, None)
+        new_losses = position.losses[self._evaluated(position) :]
+        evaluation = {
+            "step": position.step,
+            "epoch": len(position.history) + 1,
+            "train_loss": sum(new_losses) / len(new_losses),
+            "val_loss": val_loss,
+            "val_exact": val_exact,
+        }
+        position = replace(
+            position,
+            evaluations=[*position.evaluations, evaluation],
+            eval_seconds=position.eval_seconds + time.monotonic() - started,
+        )
+        ended = len(position.losses) == len(plan) or self._gives_up(position)
+        if ended:
+            position = self._end_epoch(position, plan)
+        self._save(position, ended)
+        self._tell_evaluation(position, ended)
+        return position
+
+    def _end_epoch(self, position: Position, plan: Sequence[Step]) -> Position:
+        done = plan[: len(position.losses)]
+        evaluation = position.evaluations[-1]
+        summary = {
+            "epoch": evaluation["epoch"],
+            "steps": len(done),
+            "train_loss": sum(position.losses) / len(done),
+            "val_loss": evaluation["val_loss"],
+            "val_exact": evaluation["val_exact"],
+            "seconds": position.seconds + position.eval_seconds,
+            "tokens_per_s": sum(map(self._count_tokens, done)) / position.seconds,
+        }
+        return Position([*position.history, summary], evaluations=position.evaluations)
+
+    def _evaluated(self, position: Position) -> int:
+        """Steps of the epoch under way that an evaluation has counted already."""
+        last = position.evaluations[-1]["step"] if position.evaluations else 0
+        return max(0, last - (position.step - len(position.losses)))
+
+    def _save(self, position: Position, ended: bool) -> None:
+        """Save the student at the end of an epoch, and where it is one of the best within."""
+        train, evaluations = self.train, position.evaluations
+        if train.save_strategy == "no":
+            if not self._is_over(position):
+                return
+        elif not ended:
+            limit = num_kept(train.save_total_limit, train.select_by)
+            if not is_among_best(evaluations, train.select_by, limit):
+                if self._saves_at(position.step):
+                    save_step(self.engine, position)
+                return
+        score = quality(evaluations[-1], train.select_by)
+        save_student(self.engine, position, self.tokenizer, score)
+
+    def _evaluates_at(self, number: int) -> bool:
+        due = self.train.eval_strategy == "steps" and number % self.train.eval_steps == 0
+        return due and len(self.val_rows) > 0
 
     def _saves_at(self, number: int) -> bool:
         return self.train.save_strategy == "steps" and number % self.train.save_steps == 0
 
-    def _steps_done(self, position: Position) -> int:
-        return len(position.history) * self.steps_per_epoch + len(position.losses)
+    def _tell_step(self, number: int, epoch: int, loss: float, tokens_per_s: float) -> None:
+        event = self._event("train_step", number, epoch)
+        event |= {"loss": loss, "tokens_per_s": tokens_per_s, "learning_rate": self.learning_rate}
+        norm = self.engine.get_global_grad_norm()
+        known = norm is not None and math.isfinite(norm)
+        event["grad_norm"] = float(norm) if known else None
+        self.progress.send(event)
 
-    def _event(self, name: str, epoch: int, number: int) -> dict[str, Any]:
+    def _tell_evaluation(self, position: Position, ended: bool) -> None:
+        evaluation = position.evaluations[-1]
+        step, epoch = evaluation["step"], evaluation["epoch"]
+        self.progress.send({**self._event("train_eval", step, epoch), **evaluation}, wait=True)
+        if ended:
+            event = self._event("train_epoch", step, epoch)
+            self.progress.send({**event, **position.history[-1]}, wait=True)
+        if self._gives_up(position):
+            event = self._event("train_stop", step, epoch)
+            waited = since_best(position.evaluations, self.train.select_by)
+            self.progress.send({**event, "evaluations_since_best": waited}, wait=True)
+
+    def _event(self, name: str, number: int, epoch: int) -> dict[str, Any]:
         """An event after so many steps, with all that a progress bar needs."""
         return {
             "event": name,
@@ -161,6 +233,7 @@ class Training:
         # DeepSpeed averages over ranks and micro batches, where the loss of a step is one
         # mean over the tokens of all of them.
         scale = self.world_size * self.train.gradient_accumulation_steps / step.loss_weight
+        self.learning_rate = self.engine.get_lr()[0]
         total = torch.zeros((), device=self.engine.device)
         for indices in step.micro_batches[self.rank]:
             batch = self._batch(self.rows, indices, self.prompt_weight)
@@ -185,6 +258,7 @@ class Training:
         dist.all_reduce(total)
         loss, exact = total.tolist()
         loss /= sum(step.loss_weight for step in plan)
+        self.engine.train()
         return _finite(loss, "the validation loss"), exact / len(self.val_rows)
 
     def _batch(self, rows: EncodedRows, indices: Sequence[int], prompt_weight: float) -> Batch:
@@ -225,25 +299,6 @@ class Training:
     def _count_tokens(self, step: Step) -> int:
         lengths = self.rows.lengths
         return sum(int(lengths[i]) for rank in step.micro_batches for micro in rank for i in micro)
-
-
-class Progress:
-    """Talks with the driver, from rank 0 only."""
-
-    def __init__(self, mailbox: Any | None) -> None:
-        self._mailbox = mailbox
-
-    def is_cancelled(self) -> bool:
-        """Whether the driver wants training to stop."""
-        return self._mailbox is not None and ray.get(self._mailbox.is_cancelled.remote())
-
-    def send(self, event: dict[str, Any], wait: bool = False) -> None:
-        """Send an event; with ``wait``, until it and all before it have arrived."""
-        if self._mailbox is None:
-            return
-        sent = self._mailbox.put.remote(event)
-        if wait:
-            ray.get(sent)
 
 
 def _finite(loss: float, name: str) -> float:

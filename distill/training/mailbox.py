@@ -41,6 +41,25 @@ class Mailbox:
         return self._cancelled
 
 
+class Progress:
+    """A worker's end of a mailbox; without one, as on ranks other than 0, nothing is said."""
+
+    def __init__(self, mailbox: Any | None) -> None:
+        self._mailbox = mailbox
+
+    def is_cancelled(self) -> bool:
+        """Whether the driver wants training to stop."""
+        return self._mailbox is not None and ray.get(self._mailbox.is_cancelled.remote())
+
+    def send(self, event: dict[str, Any], wait: bool = False) -> None:
+        """Send an event; with ``wait``, until it and all before it have arrived."""
+        if self._mailbox is None:
+            return
+        sent = self._mailbox.put.remote(event)
+        if wait:
+            ray.get(sent)
+
+
 def run_with_events(
     work: Callable[[Any], T],
     on_event: Callable[[Event], None],

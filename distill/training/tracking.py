@@ -1,0 +1,254 @@
+"""Training's curves for the tools that people watch them in.
+
+TensorBoard's event files are always written, MLflow and Weights & Biases are told where
+``train.report_to`` names them, each through its own library and as its own environment
+variables say. All of it happens on the driver, from the events of ``job.train``, in a thread
+of its own: a tool that is slow or fails is a warning, and nothing to the training.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill.rundir import RunDir
+from serve.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+TENSORBOARD = "tensorboard"
+_EXPERIMENT = "raydistill"
+_CLOSE_S = 60.0
+_SCALARS = {
+    "train_step": {
+        "loss": "loss/train",
+        "learning_rate": "learning_rate",
+        "tokens_per_s": "tokens_per_s",
+        "grad_norm": "grad_norm",
+    },
+    "train_eval": {"val_loss": "loss/val", "val_exact": "exact"},
+}
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The training that is told of.
+
+    Attributes:
+        run: Its name, for people.
+        identity: Its name, so that a training that goes on goes on there as well.
+        directory: The run directory.
+        settings: What it is trained with.
+    """
+
+    run: str
+    identity: str
+    directory: RunDir
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Tracker(Protocol):
+    """Takes scalars."""
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """Note values after so many steps."""
+
+    def flush(self) -> None:
+        """See that what was noted can be read elsewhere."""
+
+    def close(self) -> None:
+        """Note that there is no more to come."""
+
+
+def check(report_to: Sequence[str]) -> None:
+    """See that the libraries are there.
+
+    Raises:
+        ConfigurationError: One is not.
+    """
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigurationError(
+                f"train.report_to={name}: the package {name} is not installed. Install it with "
+                f"pip install 'raydistill[{name}]', or leave {name} out."
+            )
+
+
+def scalars(event: Event) -> dict[str, float]:
+    """What an event of training has for curves; nothing for most."""
+    names = _SCALARS.get(event["event"], {})
+    return {
+        label: float(event[name]) for name, label in names.items() if event.get(name) is not None
+    }
+
+
+@contextlib.contextmanager
+def tracking(
+    tracked: Tracked, report_to: Sequence[str], on_trouble: Callable[[str], None]
+) -> Iterator[Callable[[Event], None]]:
+    """Take the events of a training as they come, and hand them to the tools.
+
+    Args:
+        tracked: The training.
+        report_to: Names of tools besides TensorBoard.
+        on_trouble: Told once of each tool that fails; it is told no more then.
+
+    Yields:
+        Takes an event, at once.
+    """
+    waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        # Made at the first event: a student that is there already has nothing to tell.
+        trackers: dict[str, Tracker] | None = None
+        while (event := waiting.get()) is not None:
+            if trackers is None:
+                trackers = {}
+                for name in (TENSORBOARD, *report_to):
+                    with _no_harm(name, trackers, on_trouble):
+                        trackers[name] = _TRACKERS[name](tracked, event["step"])
+            for name, tracker in list(trackers.items()):
+                with _no_harm(name, trackers, on_trouble):
+                    if found := scalars(event):
+                        tracker.log(found, event["step"])
+                    if event["event"] == "train_epoch":
+                        tracker.flush()
+        for name, tracker in list((trackers or {}).items()):
+            with _no_harm(name, {}, on_trouble):
+                tracker.close()
+
+    # A daemon: an interrupted run ends without waiting for a server that does not answer.
+    thread = threading.Thread(target=work, name="tracking", daemon=True)
+    thread.start()
+    try:
+        yield waiting.put
+    finally:
+        waiting.put(None)
+        thread.join(_CLOSE_S)
+        if thread.is_alive():
+            on_trouble("The curves of this training are still under way to their tools.")
+
+
+@contextlib.contextmanager
+def _no_harm(
+    name: str, trackers: dict[str, Tracker], on_trouble: Callable[[str], None]
+) -> Iterator[None]:
+    """Warn of whatever a tool raises, and go on without it."""
+    try:
+        yield
+    except Exception as error:
+        trackers.pop(name, None)
+        logger.warning("%s fails", name, exc_info=True)
+        reason = str(error).strip().split("\n")[0]
+        on_trouble(f"{name} is told no more: {type(error).__name__}: {reason}")
+
+
+class _TensorBoard:
+    def __init__(self, tracked: Tracked, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._directory = tracked.directory
+        self._name = f"{TENSORBOARD}/{tracked.identity}"
+        self._temporary = None
+        folder = Path(self._directory.join(self._name))
+        if not self._directory.is_local:
+            self._temporary = tempfile.TemporaryDirectory(prefix="raydistill-")
+            folder = Path(self._temporary.name)
+        self._folder = folder
+        # What an interrupted run wrote of steps that are done again counts no more.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if self._temporary:
+            self._directory.put_files(self._folder, self._name)
+
+    def close(self) -> None:
+        self._writer.close()
+        self.flush()
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+class _MLflow:
+    def __init__(self, tracked: Tracked, step: int) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+        from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+
+        self._client = MlflowClient()
+        experiment = _mlflow_experiment(self._client)
+        tag = "raydistill.student"
+        found = self._client.search_runs(
+            [experiment], f"tags.`{tag}` = '{tracked.identity}'", max_results=1
+        )
+        if found:
+            self._run = found[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        tags = {tag: tracked.identity, MLFLOW_RUN_NAME: tracked.run}
+        self._run = self._client.create_run(experiment, tags=tags).info.run_id
+        params = [Param(name, str(value)) for name, value in tracked.settings.items()]
+        self._client.log_batch(self._run, params=params)
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def flush(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+def _mlflow_experiment(client: Any) -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id if found else client.create_experiment(name))
+
+
+class _WandB:
+    def __init__(self, tracked: Tracked, step: int) -> None:
+        import wandb
+
+        self._temporary = tempfile.TemporaryDirectory(prefix="raydistill-")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _EXPERIMENT),
+            name=tracked.run,
+            id=tracked.identity,
+            resume="allow",
+            reinit="create_new",
+            config=dict(tracked.settings),
+            dir=os.environ.get("WANDB_DIR", self._temporary.name),
+        )
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def flush(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self._run.finish(quiet=True)
+        self._temporary.cleanup()
+
+
+_TRACKERS: dict[str, Callable[[Tracked, int], Tracker]] = {
+    TENSORBOARD: _TensorBoard,
+    "mlflow": _MLflow,
+    "wandb": _WandB,
+}
