@@ -69,8 +69,8 @@ def overfitting(evaluations: Sequence[Evaluation]) -> str | None:
         return None
     exact = max(evaluations, key=quality)
     words = (
-        f"Overfitting: the validation loss was lowest after {_place(best)} "
-        f"({best['val_loss']:.3g}) and rose to {last['val_loss']:.3g}, while the training loss "
+        f"Overfitting: the validation loss was lowest, {best['val_loss']:.3g}, after "
+        f"{_place(best)} and rose to {last['val_loss']:.3g}, while the training loss "
         f"fell from {best['train_loss']:.3g} to {last['train_loss']:.3g}."
     )
     if exact["step"] > best["step"]:
@@ -78,9 +78,10 @@ def overfitting(evaluations: Sequence[Evaluation]) -> str | None:
             f" Exact answers still rose, from {best['val_exact']:.1%} to "
             f"{exact['val_exact']:.1%} after {_place(exact)}: it is surer of its mistakes."
         )
+    else:
+        words += " End earlier: lower train.num_train_epochs, or set train.early_stopping_patience."
     return words + (
-        " Give more examples, raise train.weight_decay or a scratch student's dropout, or end "
-        "earlier: lower train.num_train_epochs, or set train.early_stopping_patience."
+        " More examples, more train.weight_decay or more of a scratch student's dropout help."
     )
 
 

@@ -243,7 +243,7 @@ class _WandB:
         return None
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
         self._temporary.cleanup()
 
 

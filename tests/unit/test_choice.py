@@ -66,13 +66,14 @@ def test_the_metric_has_three_checkpoints_to_choose_from_unless_told_otherwise()
 
 def test_overfitting_names_the_best_epoch_and_what_to_do():
     words = overfitting(course([0.5, 0.3, 0.4, 0.6], [1.0, 0.8, 0.5, 0.2]))
-    assert "lowest after epoch 2 (step 20) (0.3)" in words
+    assert "lowest, 0.3, after epoch 2 (step 20)" in words
     assert "train.early_stopping_patience" in words
 
 
 def test_overfitting_says_where_exact_answers_still_rose():
     words = overfitting(course([0.5, 0.3, 0.4, 0.6], [1.0, 0.8, 0.5, 0.2], [0.1, 0.5, 0.6, 0.7]))
     assert "Exact answers still rose, from 50.0% to 70.0% after epoch 4" in words
+    assert "End earlier" not in words
 
 
 @pytest.mark.parametrize(
