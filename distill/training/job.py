@@ -6,7 +6,7 @@ best checkpoint after. Ray is already connected. Running the workers is for ``fi
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from distill.training.checkpoints import MODEL_FOLDER, SCORE
 from distill.training.encoding import Conversation, encode
 from distill.training.fit import Data, fit
 from distill.training.mailbox import Event
-from serve.errors import TrainingError
+from serve.errors import TrainingDiverged, TrainingError
 
 logger = logging.getLogger(__name__)
 
 _BASE = "base"
 _SEAL = "config.json"
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,13 @@ def train(
         TrainingCancelled: ``cancelled`` said so; the workers are gone.
     """
     data = _prepare(train_rows, val_rows, student, train, RunDir(f"{storage}/{name}"))
-    result = fit(
-        data, student, train, storage=storage, name=name, on_event=on_event, cancelled=cancelled
-    )
+    try:
+        result = fit(
+            data, student, train, storage=storage, name=name, on_event=on_event, cancelled=cancelled
+        )
+    except TrainingDiverged as error:
+        rows = [int(data.train.sources[row]) for row in error.rows]
+        raise TrainingError(f"{error} {_name_rows(train_rows, rows)}.") from error
     history = result.metrics["history"]
     checkpoint, best = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
     return TrainingResult(
@@ -180,6 +185,23 @@ def _prepare(
     if dropped or val_dropped:
         logger.warning("%d rows are longer than %d tokens.", dropped + val_dropped, longest)
     return Data(train=rows, val=val, num_dropped=dropped + val_dropped, base=base)
+
+
+def _name_rows(path: str, rows: Sequence[int]) -> str:
+    """A few of the rows of a file, by what they were made of."""
+    with fsspec.open(path, "rt", encoding="utf-8") as file:
+        lines = [line for line in file if line.strip()]
+    names = []
+    for row in rows[:_NAMED]:
+        found = json.loads(lines[row])
+        about = [
+            f"{what} {found[key]}"
+            for what, key in (("example", "example_id"), ("predictor", "predictor"))
+            if key in found
+        ]
+        names.append(f"row {row + 1}" + (f" ({', '.join(about)})" if about else ""))
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"{', '.join(names)}{more} of {path}"
 
 
 def _steps_per_epoch(data: Data, train: TrainConfig) -> int:
