@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from distill.config import ScratchConfig, StudentConfig
 from distill.training import fit
 from distill.training.base_model import make_scratch
+from distill.training.encoding import encode
 from serve.errors import TrainingError
 from tests.training_runs import SIZES, row, run, run_out_of_memory, write_rows
 
@@ -22,7 +24,8 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_rows_at_fault(tmp_path,
     lines = (tmp_path / "train.jsonl").read_text("utf-8").splitlines()
     lines[17] = json.dumps(row(17)).replace("paint", "xyz")
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    base = base_that_cannot_read("x", tmp_path / "base", [json.loads(l)["messages"] for l in lines])
+    texts = [json.loads(line)["messages"] for line in lines]
+    base = base_that_cannot_read(texts[17], tmp_path / "base", texts)
     with pytest.raises(TrainingError) as caught:
         run(
             tmp_path,
@@ -37,15 +40,18 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_rows_at_fault(tmp_path,
     assert "row 18 (example 17, predictor p)" in said
 
 
-def base_that_cannot_read(letter, folder, conversations):
-    """A base model that gives no number for a text with a letter."""
+def base_that_cannot_read(unread, folder, conversations):
+    """A base model that gives no number for one of the conversations."""
     make_scratch(folder, conversations, ScratchConfig(**SIZES), max_length=512, seed=0)
     weights = load_file(folder / "model.safetensors")
     embeddings = weights["model.embed_tokens.weight"]
     # Else it would be a logit of every other row as well.
     weights["lm_head.weight"] = embeddings.clone()
-    (token,) = AutoTokenizer.from_pretrained(folder)(letter)["input_ids"]
-    embeddings[token] = torch.nan
+    rows, _ = encode(conversations, AutoTokenizer.from_pretrained(folder), 512)
+    tokens = np.split(rows.input_ids, rows.offsets[1:-1])
+    place = conversations.index(unread)
+    others = np.concatenate(tokens[:place] + tokens[place + 1 :])
+    embeddings[np.setdiff1d(tokens[place], others)] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
