@@ -5,6 +5,7 @@ files exist, programs import or the cluster is large enough is for ``preflight``
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -34,6 +35,22 @@ SCRATCH_RECIPE = {
     "weight_decay": 0.1,
 }
 """What a micro-student learns Banking77 with; fine-tuning's defaults would teach it nothing."""
+SCRATCH_SIZES: dict[str, dict[str, int]] = {
+    "mini": {
+        "hidden_size": 384,
+        "intermediate_size": 1152,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+    },
+    "small": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+    },
+}
+"""What each size of a scratch student has otherwise than ``micro``."""
 ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -156,8 +173,15 @@ class TraceConfig(Section):
 
 
 class ScratchConfig(Section):
-    """A micro-student: a Llama trained from nothing. Sizes are named as in LlamaConfig."""
+    """A micro-student: a Llama trained from nothing. Sizes are named as in LlamaConfig.
 
+    A name alone, such as ``mini``, stands for ``{size: mini}``. Parameters with a full
+    vocabulary, whose matrix is both the first and the last: 4.5 million of ``micro``, 13
+    million of ``mini``, 45 million of ``small``.
+    """
+
+    size: Literal["micro", "mini", "small"] = "micro"
+    """Decides the keys that are not given."""
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     hidden_size: Annotated[int, Field(ge=16)] = 256
     intermediate_size: Annotated[int, Field(ge=16)] = 768
@@ -165,6 +189,16 @@ class ScratchConfig(Section):
     num_attention_heads: Positive = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of each layer's output that training leaves out; the exported model has none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            given = {"size": given}
+        if not isinstance(given, Mapping):
+            return given
+        # A wrong name is said by the field's own check.
+        return SCRATCH_SIZES.get(str(given.get("size")), {}) | dict(given)
 
     @model_validator(mode="after")
     def _check(self) -> "ScratchConfig":
@@ -176,6 +210,19 @@ class ScratchConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, through peft: https://arxiv.org/abs/2106.09685."""
+
+    r: Positive = 16
+    """Rank of the matrices that are learned beside each frozen one."""
+    alpha: Positive = 32
+    """What they add is multiplied by ``alpha / r``."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of their input that training leaves out."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Names of the modules that get them; ``all-linear`` is every one but the output's."""
+
+
 class StudentConfig(Section):
     """What is trained."""
 
@@ -183,6 +230,19 @@ class StudentConfig(Section):
     """``scratch``, a Hugging Face id, or a directory relative to the configuration file."""
     prompt: Literal["folded", "full"] = "folded"
     scratch: ScratchConfig = ScratchConfig()
+    """``micro``, ``mini``, ``small``, or a mapping that may change a ``size``."""
+    lora: LoraConfig | None = None
+    """Trains adapters and not the model's own weights, which takes a fraction of the memory and
+    a learning rate about ten times as high. Null trains every weight."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StudentConfig":
+        if self.lora is not None and self.model == SCRATCH:
+            raise ValueError(
+                "lora adapts a model that has learned something; model=scratch has not. Leave "
+                "lora out, or name a Hugging Face model"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -191,6 +251,13 @@ class TrainConfig(Section):
     num_workers: Positive = 2
     use_gpu: bool | Literal["auto"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """What the workers divide among them: 1 the optimizer's state, 2 and the gradients, 3 and
+    the weights."""
+    offload_optimizer: bool = False
+    """Keeps the optimizer's state in the CPU's memory, and computes its steps there. Needs
+    ``zero_stage`` 1 or more."""
+    offload_param: bool = False
+    """Keeps weights that are not in use in the CPU's memory. Needs ``zero_stage`` 3."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     """The highest; 1e-3 for a scratch student, unless given."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
@@ -201,6 +268,8 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Positive = 1
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Part of the steps over which the learning rate rises."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which it rises, in the place of ``warmup_ratio``."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """0.1 for a scratch student, unless given."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -209,6 +278,12 @@ class TrainConfig(Section):
     prompt_loss_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     """Weight of the prompt's tokens in the loss; null is 0, or 0.3 for a scratch student."""
     bf16: bool | Literal["auto"] = "auto"
+    """Computes in bfloat16; ``auto`` where every processor does and ``fp16`` is not set. Without
+    it and ``fp16``, in float32."""
+    fp16: bool = False
+    """Computes in float16 with a loss scale that adapts itself; on GPUs only."""
+    gradient_checkpointing: bool = False
+    """Computes each layer again in the backward pass: less memory, about a third slower."""
     logging_steps: Positive = 10
     eval_strategy: Literal["epoch", "steps"] = "epoch"
     """When the validation rows are answered. ``epoch``: after each. ``steps``: after each and
@@ -245,6 +320,23 @@ class TrainConfig(Section):
             raise ValueError(
                 f"select_by={self.select_by} chooses among checkpoints, and save_strategy=no keeps "
                 "only the last. Use save_strategy=epoch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer=true needs zero_stage 1, 2 or 3; found 0. Raise zero_stage"
+            )
+        if self.offload_param and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_param=true needs zero_stage=3; found {self.zero_stage}. Set "
+                "zero_stage=3, or offload_optimizer alone"
+            )
+        if self.fp16 and self.bf16 is True:
+            raise ValueError(
+                "fp16 and bf16 are both true; a model trains in one of them. Leave one out"
             )
         return self
 

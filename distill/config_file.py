@@ -172,9 +172,13 @@ def _explain(error: Any, section: type[Section], name_key: Callable[[Sequence[st
 def _suggest(key: str, known: Sequence[str]) -> str:
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"did you mean {near[0]}?"
+
     # An abbreviation is far from every key, but farthest from those that are not meant.
-    far = difflib.get_close_matches(key, known, n=1, cutoff=0.25)
-    guess = f"did you mean {far[0]}? " if far else ""
+    def likeness(other: str) -> tuple[float, bool]:
+        return difflib.SequenceMatcher(None, other, key).ratio(), other[:1] == key[:1]
+
+    far = max(known, key=likeness)
+    guess = f"did you mean {far}? " if likeness(far)[0] >= 0.25 else ""
     return f"{guess}Known keys: {', '.join(known)}."
 
 

@@ -24,7 +24,7 @@ from distill.evaluation.evaluate import teacher_lm
 from distill.fingerprints import model_files
 from distill.programs import Task
 from distill.training import tracking
-from distill.training.deepspeed_config import make_deepspeed_config
+from distill.training.deepspeed_config import check_precision, make_deepspeed_config
 from serve.cluster import capacity
 from serve.errors import ConfigurationError
 from serve.folding import Folding
@@ -151,8 +151,9 @@ def check_workers(train: TrainConfig) -> None:
     """Check that the connected cluster can hold the training workers.
 
     Raises:
-        ConfigurationError: It cannot.
+        ConfigurationError: It cannot, or its processors do not compute as configured.
     """
+    check_precision(train, use_gpu(train))
     _check_fits("train.num_workers", train.num_workers, "GPU" if use_gpu(train) else "CPU")
 
 

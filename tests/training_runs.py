@@ -2,8 +2,13 @@
 
 import json
 
+import ray.train
+import torch
+from transformers.models.llama.modeling_llama import LlamaModel
+
 from distill.config import StudentConfig, TrainConfig
 from distill.training.job import train
+from distill.training.loop import train_loop_per_worker
 
 SIZES = {
     "vocab_size": 320,
@@ -55,3 +60,21 @@ def run(
         on_event=on_event,
         cancelled=cancelled,
     )
+
+
+def run_out_of_memory(config):
+    """The training loop of workers, the second of which has no memory for its third batch."""
+    batches = iter(range(3))
+
+    def refuse(*_):
+        if ray.train.get_context().get_world_rank() == 1 and next(batches) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    forward = LlamaModel.forward
+
+    def failing(*args, **kwargs):
+        refuse()
+        return forward(*args, **kwargs)
+
+    LlamaModel.forward = failing
+    return train_loop_per_worker(config)

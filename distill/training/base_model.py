@@ -61,7 +61,7 @@ def make_scratch(
     rows, _ = encode(conversations, tokenizer, max_length)
     longest = int(rows.lengths.max(initial=0))
     config = LlamaConfig(
-        **sizes.model_dump(exclude={"dropout"}) | {"vocab_size": len(tokenizer)},
+        **sizes.model_dump(exclude={"size", "dropout"}) | {"vocab_size": len(tokenizer)},
         tie_word_embeddings=True,
         max_position_embeddings=_power_of_two(max(512, 2 * longest)),
         bos_token_id=None,

@@ -6,7 +6,7 @@ a model is for ``loop``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -24,11 +24,13 @@ class EncodedRows:
         input_ids: int32[N], the tokens of all rows.
         completion: bool[N], whether a token belongs to its row's completion.
         offsets: int64[R + 1]; row ``i`` is ``offsets[i]:offsets[i + 1]``.
+        sources: int64[R], which conversation each row is of; empty where that is not known.
     """
 
     input_ids: NDArray[np.int32]
     completion: NDArray[np.bool_]
     offsets: NDArray[np.int64]
+    sources: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -8,6 +8,7 @@ stores it. When one is saved is for ``loop``, which is the better one for ``choi
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from distill.training.lora import (
+    ADAPTER_FOLDER,
+    is_adapted,
+    merge,
+    plain_model,
+    save_adapter,
+)
 from serve.errors import TrainingError
 
 ENGINE_TAG = "engine"
@@ -102,7 +110,13 @@ def save_student(engine: Any, position: Position, tokenizer: Any, score: float) 
 
 
 def _report(engine: Any, folder: str, position: Position, metrics: dict[str, Any]) -> None:
-    engine.save_checkpoint(folder, tag=ENGINE_TAG, client_state={"position": asdict(position)})
+    engine.save_checkpoint(
+        folder,
+        tag=ENGINE_TAG,
+        client_state={"position": asdict(position)},
+        # They are the base model's, and loaded from there each time.
+        exclude_frozen_parameters=is_adapted(engine.module),
+    )
     dist.barrier()
     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -120,33 +134,52 @@ def resume(engine: Any, steps_per_epoch: int) -> Position:
     if checkpoint is None:
         return Position()
     with checkpoint.as_directory() as folder:
-        _, client_state = engine.load_checkpoint(folder, tag=ENGINE_TAG)
+        adapted = is_adapted(engine.module)
+        _, client_state = engine.load_checkpoint(
+            folder, tag=ENGINE_TAG, load_module_strict=not adapted
+        )
         # Ranks of a node share a downloaded copy; none may leave while others read.
         dist.barrier()
     return Position.read(client_state["position"], steps_per_epoch)
 
 
 def export_model(engine: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the model as a plain Hugging Face directory. Every rank calls it; rank 0 writes."""
-    weights = _gather_weights(engine.module)
+    """Write the model as a plain Hugging Face directory. Every rank calls it; rank 0 writes.
+
+    The weights are those that the engine computes with, bit for bit, in their own data type:
+    of bf16 and fp16 the 16-bit ones, not DeepSpeed's float32 copies. Adapters are merged into
+    them, and are besides in a folder of their own.
+    """
+    model = plain_model(engine.module)
+    parts = weights = _gather_weights(model)
+    if is_adapted(engine.module):
+        weights = merge(engine.module, parts, _gathered)
     if dist.get_rank() == 0:
-        engine.module.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+        if is_adapted(engine.module):
+            save_adapter(engine.module, parts, folder / ADAPTER_FOLDER)
 
 
 def _num_parameters(model: torch.nn.Module) -> int:
-    # Under ZeRO-3 a parameter holds only its part; ds_numel is the whole.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    # Under ZeRO-3 a parameter holds only its part; ds_numel is the whole. Adapters are merged.
+    weights = plain_model(model).named_parameters()
+    return sum(getattr(p, "ds_numel", p.numel()) for name, p in weights if ".lora_" not in name)
+
+
+def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
+    import deepspeed
+
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    return deepspeed.zero.GatheredParameters(parameters, enabled=partitioned)
 
 
 def _gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights on rank 0's CPU, whatever the ZeRO stage; one at a time, to spare memory."""
-    import deepspeed
-
     weights: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+        with _gathered([tensor]):
             if dist.get_rank() == 0:
                 # Tied weights stay one tensor, so that they are written once.
                 copy = copies.setdefault(id(tensor), tensor.detach().cpu().clone())

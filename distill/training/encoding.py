@@ -29,15 +29,14 @@ def encode(
         The rows, and how many were left out because they are longer than ``max_length``.
     """
     end = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
-    kept = [
-        (ids, mask)
-        for ids, mask in _encode_each(conversations, tokenizer, end)
-        if len(ids) <= max_length
-    ]
+    encoded = enumerate(_encode_each(conversations, tokenizer, end))
+    fitting = [(source, row) for source, row in encoded if len(row[0]) <= max_length]
+    kept = [row for _, row in fitting]
     rows = EncodedRows(
         input_ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in kept)]),
         completion=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask in kept)]),
         offsets=np.cumsum([0, *(len(ids) for ids, _ in kept)], dtype=np.int64),
+        sources=np.array([source for source, _ in fitting], dtype=np.int64),
     )
     return rows, len(conversations) - len(kept)
 

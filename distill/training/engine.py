@@ -4,6 +4,9 @@ Runs in a Ray Train worker. DeepSpeed is imported inside: it looks at its enviro
 Ray prepares, and may not be there on the driver.
 """
 
+import os
+import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from distill.config import TrainConfig
+from distill.config import LoraConfig, TrainConfig
 from distill.training.base_model import load_model
 from distill.training.batches import Batch
-from distill.training.deepspeed_config import make_deepspeed_config
+from distill.training.deepspeed_config import make_deepspeed_config, needs_compiler
+from distill.training.lora import add_adapters
 from distill.training.schedule import learning_rate_factor
+from serve.errors import ConfigurationError
 
 
 def start_engine(
@@ -27,6 +32,7 @@ def start_engine(
     num_steps: int,
     use_gpu: bool,
     dropout: float,
+    lora: LoraConfig | None = None,
 ) -> Any:
     """Load the base model and hand it to DeepSpeed.
 
@@ -37,9 +43,14 @@ def start_engine(
         num_steps: Optimizer steps of the whole run, for the learning rate.
         use_gpu: Whether each worker has a GPU.
         dropout: See ``add_dropout``.
+        lora: Adapters to train in the place of the weights.
 
     Returns:
         A ``DeepSpeedEngine``.
+
+    Raises:
+        ConfigurationError: The configuration does not work here.
+        TrainingError: The base model cannot be loaded.
     """
     import deepspeed
 
@@ -53,14 +64,20 @@ def start_engine(
         use_gpu=use_gpu,
         bf16_supported=_all_support_bf16(use_gpu),
     )
-    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    model = load_model(base, tokenizer, dtype)
+    if needs_compiler(config):
+        _check_compiler()
+    model: Any = load_model(base, tokenizer, _data_type(config))
     add_dropout(model, dropout)
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is not None:
+        model = add_adapters(model, lora)
     factor = partial(
         learning_rate_factor,
         num_steps=num_steps,
         warmup_ratio=train.warmup_ratio,
         kind=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
     )
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -140,6 +157,24 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _data_type(config: Mapping[str, Any]) -> torch.dtype:
+    """What the engine's weights are of; DeepSpeed keeps a float32 copy beside 16-bit ones."""
+    if config["bf16"]["enabled"]:
+        return torch.bfloat16
+    return torch.float16 if config["fp16"]["enabled"] else torch.float32
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    missing = [tool for tool in (compiler, "ninja") if shutil.which(tool) is None]
+    if missing:
+        raise ConfigurationError(
+            "train.deepspeed.optimizer: DeepSpeed builds its own Adam when it is first used, and "
+            f"a training node has no {' and no '.join(missing)}. Install them on every node, or "
+            "leave torch_adam true, which needs neither."
+        )
 
 
 def _all_support_bf16(use_gpu: bool) -> bool:

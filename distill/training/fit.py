@@ -18,8 +18,10 @@ from distill.config import SCRATCH, StudentConfig, TrainConfig
 from distill.training.batches import EncodedRows
 from distill.training.checkpoints import SCORE
 from distill.training.choice import num_kept
+from distill.training.deepspeed_config import check_precision
 from distill.training.loop import train_loop_per_worker
 from distill.training.mailbox import Event, run_with_events
+from distill.training.memory import is_out_of_memory, out_of_memory
 from distill.training.resources import cpus_per_worker
 from distill.training.room import my_turn, num_jobs, wait_for_room
 from serve.errors import DistillError, TrainingError
@@ -56,10 +58,12 @@ def fit(
     """Train, or go on where an earlier call of the same name stopped.
 
     Raises:
-        ConfigurationError: The cluster could never hold the workers.
+        ConfigurationError: The cluster could never hold the workers, or they cannot do what is
+            configured.
         TrainingError: Training failed.
         TrainingCancelled: ``cancelled`` said so.
     """
+    check_precision(train, _use_gpu(train))
     try:
         with ExitStack() as turn:
             turn.enter_context(my_turn(cancelled))
@@ -68,7 +72,7 @@ def fit(
             start = _starter(data, student, train, worker, storage, name)
             result = run_with_events(start, on_event, cancelled, on_start=turn.close)
     except TrainingFailedError as error:
-        raise TrainingError(_explain(error)) from error
+        raise TrainingError(_explain(error, student, train)) from error
     if result.return_value is not None:
         raise result.return_value
     return result
@@ -89,6 +93,7 @@ def _starter(
         "base": data.base,
         "prompt_weight": _prompt_weight(student, train),
         "dropout": student.scratch.dropout if student.model == SCRATCH else 0.0,
+        "lora": student.lora.model_dump() if student.lora else None,
         "use_gpu": use_gpu,
         "num_threads": worker["CPU"],
     }
@@ -159,15 +164,17 @@ def _worker_resources(train: TrainConfig) -> dict[str, float]:
     return {"CPU": cpus_per_worker(nodes, train.num_workers * num_jobs())}
 
 
-def _explain(error: TrainingFailedError) -> str:
+def _explain(error: TrainingFailedError, student: StudentConfig, train: TrainConfig) -> str:
     """The message of the failure at the root."""
     failures = dict(getattr(error, "worker_failures", {}))
     causes = [failures[rank] for rank in sorted(failures)]
     causes += [error.controller_failure] if hasattr(error, "controller_failure") else []
-    # A rank that loses its partner fails as well; an error of ours is where it began.
-    ours = [cause for cause in causes if isinstance(cause, DistillError)]
+    # A rank that loses its partner fails as well; these are where it began.
+    ours = [c for c in causes if isinstance(c, DistillError) or is_out_of_memory(c)]
     cause: BaseException = next(iter(ours or causes), error)
     while isinstance(inner := getattr(cause, "cause", None), BaseException):
         cause = inner
     message = str(cause).strip() or repr(cause)
+    if is_out_of_memory(cause):
+        return out_of_memory(cause, student, train)
     return message if isinstance(cause, DistillError) else f"{type(cause).__name__}: {message}"

@@ -29,12 +29,13 @@ from distill.training.encoding import Conversation, encode
 from distill.training.fit import Data, fit
 from distill.training.mailbox import Event
 from distill.training.room import among_jobs
-from serve.errors import TrainingError
+from serve.errors import TrainingDiverged, TrainingError
 
 logger = logging.getLogger(__name__)
 
 _BASE = "base"
 _SEAL = "config.json"
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -163,16 +164,20 @@ def train(
     """
     with among_jobs():
         data = _prepare(train_rows, val_rows, student, train, RunDir(f"{storage}/{name}"))
-        result = fit(
-            data,
-            student,
-            train,
-            storage=storage,
-            name=name,
-            on_event=on_event,
-            cancelled=cancelled,
-            on_wait=on_wait,
-        )
+        try:
+            result = fit(
+                data,
+                student,
+                train,
+                storage=storage,
+                name=name,
+                on_event=on_event,
+                cancelled=cancelled,
+                on_wait=on_wait,
+            )
+        except TrainingDiverged as error:
+            rows = [int(data.train.sources[row]) for row in error.rows]
+            raise TrainingError(f"{error} {_name_rows(train_rows, rows)}.") from error
     return _read_result(result, data, train, f"{storage}/{name}")
 
 
@@ -265,6 +270,23 @@ def _prepare(
     if dropped or val_dropped:
         logger.warning("%d rows are longer than %d tokens.", dropped + val_dropped, longest)
     return Data(train=rows, val=val, num_dropped=dropped + val_dropped, base=base)
+
+
+def _name_rows(path: str, rows: Sequence[int]) -> str:
+    """A few of the rows of a file, by what they were made of."""
+    with fsspec.open(path, "rt", encoding="utf-8") as file:
+        lines = [line for line in file if line.strip()]
+    names = []
+    for row in rows[:_NAMED]:
+        found = json.loads(lines[row])
+        about = [
+            f"{what} {found[key]}"
+            for what, key in (("example", "example_id"), ("predictor", "predictor"))
+            if key in found
+        ]
+        names.append(f"row {row + 1}" + (f" ({', '.join(about)})" if about else ""))
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"{', '.join(names)}{more} of {path}"
 
 
 def _steps_per_epoch(data: Data, train: TrainConfig) -> int:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from distill.config import TrainConfig
+from distill.config import LoraConfig, TrainConfig
 from distill.training.base_model import load_tokenizer, local_base
 from distill.training.batches import (
     Batch,
@@ -30,6 +31,13 @@ from distill.training.batches import (
 )
 from distill.training.checkpoints import Position, resume, save_step, save_student
 from distill.training.choice import is_among_best, num_kept, quality, since_best
+from distill.training.divergence import (
+    SKIPPED_AT_MOST,
+    check_loss,
+    diverged,
+    explain_step,
+    scaled_to_nothing,
+)
 from distill.training.engine import start_engine, validate_batch, weighted_loss_sum
 from distill.training.mailbox import Progress
 from serve.errors import DistillError, TrainingCancelled, TrainingError
@@ -40,9 +48,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> DistillError | None:
 
     Args:
         config: ``train`` (TrainConfig as a dict), ``base`` (Hugging Face directory or id),
-            ``prompt_weight``, ``dropout``, ``use_gpu``, ``num_threads``, ``rows`` and
-            ``val_rows`` (object references of EncodedRows) and ``mailbox`` (actor that takes
-            progress events and says when to stop).
+            ``prompt_weight``, ``dropout``, ``lora`` (LoraConfig as a dict, or None), ``use_gpu``,
+            ``num_threads``, ``rows`` and ``val_rows`` (object references of EncodedRows) and
+            ``mailbox`` (actor that takes progress events and says when to stop).
 
     Returns:
         Why training ended early, where it must not be tried again; else None.
@@ -50,7 +58,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> DistillError | None:
     torch.set_num_threads(config["num_threads"])
     try:
         Training(config).run()
-    except (TrainingError, TrainingCancelled) as error:
+    except DistillError as error:
         # Returned, since Ray Train would run a loop that raises again, to the same end.
         return error
     return None
@@ -71,6 +79,7 @@ class Training:
             self.train.per_device_train_batch_size,
             self.train.gradient_accumulation_steps,
         )
+        self.skipped_in_a_row = self.skipped_before = 0
         self.progress = Progress(config["mailbox"] if self.rank == 0 else None)
         with local_base(config["base"]) as base:
             self.tokenizer = load_tokenizer(base)
@@ -81,6 +90,7 @@ class Training:
                 num_steps=self.steps_per_epoch * self.train.num_train_epochs,
                 use_gpu=config["use_gpu"],
                 dropout=config["dropout"],
+                lora=LoraConfig.model_validate(config["lora"]) if config["lora"] else None,
             )
 
     def run(self) -> None:
@@ -115,6 +125,7 @@ class Training:
             if not (evaluates or saves or number % self.train.logging_steps == 0):
                 continue
             agreed = self._agree(window, number)
+            self._check(agreed, plan, number)
             seconds = time.monotonic() - since
             position = replace(
                 position,
@@ -239,7 +250,7 @@ class Training:
             batch = self._batch(self.rows, indices, self.prompt_weight)
             loss = weighted_loss_sum(self.engine, batch)
             self.engine.backward(loss * scale)
-            self.engine.step()
+            self._update()
             total += loss.detach()
         return total / step.loss_weight
 
@@ -259,7 +270,7 @@ class Training:
         loss, exact = total.tolist()
         loss /= sum(step.loss_weight for step in plan)
         self.engine.train()
-        return _finite(loss, "the validation loss"), exact / len(self.val_rows)
+        return check_loss(loss, "the validation loss"), exact / len(self.val_rows)
 
     def _batch(self, rows: EncodedRows, indices: Sequence[int], prompt_weight: float) -> Batch:
         return collate(rows, indices, prompt_weight, self.tokenizer.pad_token_id)
@@ -289,26 +300,38 @@ class Training:
         stop, *losses = sums.tolist()
         if stop:
             raise TrainingCancelled(f"Training was cancelled after step {last}.")
-        first = last - len(window) + 1
-        agreed = [_finite(loss, f"the loss of step {first + i}") for i, loss in enumerate(losses)]
-        if self.engine.skipped_steps and not self.engine.fp16_enabled():
+        return losses
+
+    def _check(self, losses: Sequence[float], plan: Sequence[Step], last: int) -> None:
+        """See that the losses of the steps up to ``last`` are numbers.
+
+        Raises:
+            TrainingError: On all ranks, where one is not, or a gradient was not.
+        """
+        first = last - len(losses) + 1
+        for number, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                step = plan[(number - 1) % len(plan)]
+                make_batch = partial(self._batch, self.rows, prompt_weight=self.prompt_weight)
+                raise explain_step(self.engine, step, make_batch, number, loss)
+        skipped = self.engine.skipped_steps - self.skipped_before
+        self.skipped_before = self.engine.skipped_steps
+        if skipped and not self.engine.fp16_enabled():
             # DeepSpeed passes over such steps in silence; only fp16 is meant to have some.
-            raise TrainingError(_diverged(f"a gradient of steps {first} to {last}", "infinite"))
-        return agreed
+            raise TrainingError(diverged(f"a gradient of steps {first} to {last}", "infinite"))
+        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == len(losses) else 0
+        if self.skipped_in_a_row > SKIPPED_AT_MOST:
+            raise scaled_to_nothing()
+
+    def _update(self) -> None:
+        try:
+            self.engine.step()
+        except Exception as error:
+            # DeepSpeed's has no type of its own. All ranks have the same scale.
+            if "loss scale already at minimum" in str(error):
+                raise scaled_to_nothing() from error
+            raise
 
     def _count_tokens(self, step: Step) -> int:
         lengths = self.rows.lengths
         return sum(int(lengths[i]) for rank in step.micro_batches for micro in rank for i in micro)
-
-
-def _finite(loss: float, name: str) -> float:
-    if loss != loss or abs(loss) == float("inf"):
-        raise TrainingError(_diverged(name, str(loss)))
-    return loss
-
-
-def _diverged(name: str, found: str) -> str:
-    return (
-        f"Training diverged: {name} is {found}, expected a finite number. Lower "
-        "train.learning_rate or train.max_grad_norm, or raise train.warmup_ratio."
-    )

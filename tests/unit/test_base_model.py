@@ -2,9 +2,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from distill.config import ScratchConfig
+from distill.config import LoraConfig, ScratchConfig, StudentConfig
 from distill.training.base_model import (
     check_base_model,
     load_model,
@@ -13,6 +19,7 @@ from distill.training.base_model import (
     max_positions,
 )
 from distill.training.encoding import encode, end_of_turn_id
+from distill.training.lora import add_adapters
 from serve.errors import ConfigurationError, TrainingError
 
 SIZES = ScratchConfig(
@@ -194,3 +201,40 @@ def test_missing_weights_are_never_made_up(scratch, tmp_path):
 def test_a_complete_model_passes_the_check(scratch):
     check_base_model(scratch)
     check_base_model("scratch")
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("micro", (4, 5)), ("mini", (12, 15)), ("small", (40, 50))]
+)
+def test_a_size_has_the_parameters_that_it_is_said_to_have(size, millions):
+    sizes = StudentConfig(scratch=size).scratch
+    assert sizes.size == size
+    with torch.device("meta"):
+        config = LlamaConfig(
+            **sizes.model_dump(exclude={"size", "dropout"}), tie_word_embeddings=True
+        )
+        count = LlamaForCausalLM(config).num_parameters()
+    assert millions[0] * 1e6 < count < millions[1] * 1e6
+
+
+def test_a_size_may_be_changed_in_part():
+    sizes = StudentConfig(scratch={"size": "small", "num_hidden_layers": 2}).scratch
+    assert (sizes.hidden_size, sizes.num_hidden_layers) == (512, 2)
+    assert StudentConfig().scratch == StudentConfig(scratch="micro").scratch
+    with pytest.raises(ValueError, match="micro"):
+        StudentConfig(scratch="large")
+
+
+def test_adapters_are_not_for_a_student_that_has_learned_nothing():
+    with pytest.raises(ValueError, match="model=scratch"):
+        StudentConfig(lora={"r": 4})
+    assert StudentConfig(model="org/model", lora={"r": 4}).lora.r == 4
+
+
+def test_a_tied_layer_gets_no_adapter(scratch):
+    model = load_model(scratch, load_tokenizer(scratch), torch.float32)
+    with pytest.raises(ConfigurationError, match="ties them"):
+        add_adapters(model, LoraConfig(target_modules=["lm_head"]))
+    model = load_model(scratch, load_tokenizer(scratch), torch.float32)
+    with pytest.raises(ConfigurationError, match="nowhere"):
+        add_adapters(model, LoraConfig(target_modules=["nowhere"]))

@@ -84,7 +84,7 @@ def test_max_seq_length_is_the_older_name_of_max_length():
         ("num_epochs", "num_train_epochs"),
         ("batch_size", "per_device_train_batch_size"),
         ("train_batch_size", "per_device_train_batch_size"),
-        ("warmup_steps", "warmup_ratio"),
+        ("warmup_step", "warmup_steps"),
         ("output_directory", "output_dir"),
     ],
 )
