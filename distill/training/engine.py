@@ -100,11 +100,17 @@ def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
     """
     device = engine.device
     input_ids = torch.from_numpy(batch.input_ids).to(device)
+    # Without a mask, models keep apart the rows whose positions begin anew.
+    apart = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     logits = engine(
         input_ids=input_ids,
-        attention_mask=torch.from_numpy(batch.attention_mask).to(device),
         logits_to_keep=batch.num_logits,
         use_cache=False,
+        **{
+            name: torch.from_numpy(array).to(device)
+            for name, array in apart.items()
+            if array is not None
+        },
     ).logits[:, :-1]
     num_targets = logits.shape[1]
     weights = torch.from_numpy(batch.weights[:, -num_targets:]).to(device)

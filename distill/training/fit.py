@@ -17,6 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from distill.config import SCRATCH, StudentConfig, TrainConfig
 from distill.training.batches import EncodedRows
 from distill.training.checkpoints import SCORE
+from distill.training.encoding import LongCounts
 from distill.training.loop import train_loop_per_worker
 from distill.training.mailbox import Event, run_with_events
 from distill.training.resources import cpus_per_worker
@@ -31,13 +32,13 @@ class Data:
     Attributes:
         train: Rows that are learned.
         val: Rows that the epochs are compared by; may be none.
-        num_dropped: Rows left out of either because they are too long.
+        long: What became of rows of either that are too long.
         base: Hugging Face directory or id that training starts from.
     """
 
     train: EncodedRows
     val: EncodedRows
-    num_dropped: int
+    long: LongCounts
     base: str
 
 
