@@ -207,11 +207,9 @@ class TrainConfig(Section):
     max_length: Annotated[int, Field(ge=8)] = 4096
     """Tokens of a row, or with ``packing`` of a sequence; at most what the model takes."""
     long_rows: Literal["drop", "keep_start", "keep_end"] = "drop"
-    """What becomes of a row over ``max_length``: it is left out, or cut to its first or its
-    last tokens. One that has no token of an answer left is left out all the same."""
+    """A longer row is left out, or cut to its first or last tokens if these hold any answer."""
     packing: bool = False
-    """Fill sequences of ``max_length`` tokens with several rows each, which do not see each
-    other; a micro batch is then so many sequences."""
+    """Rows share sequences, unseen by each other; a micro batch is of so many sequences."""
     prompt_loss_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     """Weight of the prompt's tokens in the loss; null is 0, or 0.3 for a scratch student."""
     bf16: bool | Literal["auto"] = "auto"

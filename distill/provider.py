@@ -168,6 +168,8 @@ class RayProvider(Provider):
         base = full_name(student_of(model))
         kwargs = self.check(model, train_kwargs or {})
         directory = self._directory(kwargs)
+
+        # Imported here: it brings Ray Serve, which LMs that only answer do not need.
         from serve import temporary
 
         with turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:

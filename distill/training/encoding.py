@@ -125,8 +125,13 @@ def _encode_each(conversations: Sequence[Conversation], tokenizer: Any) -> Itera
     for start in range(0, len(conversations), _TOKENISED_AT_ONCE):
         some = conversations[start : start + _TOKENISED_AT_ONCE]
         texts = [text for messages in some for text in _texts(messages, tokenizer, end)]
+        if not texts:
+            continue
         encoded = tokenizer(
-            [each.text for each in texts], add_special_tokens=False, return_offsets_mapping=True
+            [each.text for each in texts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
         for each, ids, offsets in zip(
             texts, encoded["input_ids"], encoded["offset_mapping"], strict=True

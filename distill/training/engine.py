@@ -17,6 +17,7 @@ from distill.training.base_model import load_model
 from distill.training.batches import Batch
 from distill.training.deepspeed_config import make_deepspeed_config
 from distill.training.schedule import learning_rate_factor
+from serve.errors import TrainingError
 
 
 def start_engine(
@@ -90,6 +91,39 @@ def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
     wrong = counts & (logits.argmax(-1) != targets)
     exact = counts.any(dim=1) & ~wrong.any(dim=1)
     return torch.stack([(losses * weights.flatten()).sum(), exact.sum().float()])
+
+
+@torch.no_grad()
+def check_packing(engine: Any) -> None:
+    """See that the model keeps rows of one sequence apart. Every rank calls it.
+
+    Not every architecture knows them by their positions, and with some kinds of attention
+    only a batch of one sequence does.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    ids = torch.arange(5, 21)
+    engine.eval()
+    try:
+        logits = engine(
+            input_ids=torch.stack([ids, ids.roll(8)]).to(engine.device),
+            position_ids=torch.arange(8).repeat(2, 2).to(engine.device),
+            use_cache=False,
+        ).logits
+    except TypeError as error:
+        raise TrainingError(_not_apart(str(error))) from error
+    # The same rows in the other order: what has seen another row differs by more than rounding.
+    found, other = logits.float(), logits.float().roll(8, dims=1).flip(0)
+    if (found - other).abs().max() > torch.finfo(logits.dtype).eps ** 0.5 * found.abs().max():
+        raise TrainingError(_not_apart("a row's answers change with the rows before it"))
+
+
+def _not_apart(found: str) -> str:
+    return (
+        "train.packing needs a model that keeps the rows of a sequence apart, and this one does "
+        f"not ({found}). Set train.packing=false."
+    )
 
 
 def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ from distill.training.batches import (
     plan_epoch,
 )
 from distill.training.checkpoints import Position, resume, save_epoch, save_step
-from distill.training.engine import start_engine, validate_batch, weighted_loss_sum
+from distill.training.engine import check_packing, start_engine, validate_batch, weighted_loss_sum
 from serve.errors import DistillError, TrainingCancelled, TrainingError
 
 
@@ -77,6 +77,8 @@ class Training:
                 use_gpu=config["use_gpu"],
                 dropout=config["dropout"],
             )
+        if self.train.packing:
+            check_packing(self.engine)
 
     def run(self) -> None:
         """Train what is left."""

@@ -5,17 +5,20 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     GemmaConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from distill.training.batches import EncodedRows, collate
-from distill.training.engine import weighted_loss_sum
+from distill.training.engine import check_packing, weighted_loss_sum
 from distill.training.packing import pack
+from serve.errors import TrainingError
 
 SIZES = {
     "vocab_size": 64,
@@ -66,6 +69,8 @@ def loss_and_gradients(model, rows, micro_batches):
 def test_packed_padded_and_single_rows_give_the_same_loss_and_gradients(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    check_packing(model)
+    model.train()
     rows = make_rows()
     packed = pack(rows, max_length=25)
     assert 1 < len(packed) < len(rows)
@@ -97,3 +102,19 @@ def test_a_row_does_not_see_the_others_of_its_sequence():
         )
     assert not torch.equal(before[0, :8], after[0, :8])
     torch.testing.assert_close(before[0, 8:], after[0, 8:])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4),
+        # Positions or not, its attention knows nothing of them.
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
+    ],
+    ids=["mamba", "bloom"],
+)
+def test_a_model_that_cannot_keep_rows_apart_is_refused(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pytest.raises(TrainingError, match=r"train\.packing=false"):
+        check_packing(model)
