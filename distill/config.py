@@ -205,7 +205,7 @@ class TrainConfig(Section):
     """0.1 for a scratch student, unless given."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_length: Annotated[int, Field(ge=8)] = 4096
-    """Tokens of a row, or with ``packing`` of a sequence; at most what the model takes."""
+    """Tokens of a row, or of a sequence of packed rows; at most what the model takes."""
     long_rows: Literal["drop", "keep_start", "keep_end"] = "drop"
     """A longer row is left out, or cut to its first or last tokens if these hold any answer."""
     packing: bool = False
