@@ -274,7 +274,11 @@ class TrainConfig(Section):
     """0.1 for a scratch student, unless given."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_length: Annotated[int, Field(ge=8)] = 4096
-    """Tokens; a longer row is left out and counted."""
+    """Tokens of a row, or of a sequence of packed rows; at most what the model takes."""
+    long_rows: Literal["drop", "keep_start", "keep_end"] = "drop"
+    """A longer row is left out, or cut to its first or last tokens if these hold any answer."""
+    packing: bool = False
+    """Rows share sequences, unseen by each other; a micro batch is of so many sequences."""
     prompt_loss_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     """Weight of the prompt's tokens in the loss; null is 0, or 0.3 for a scratch student."""
     bf16: bool | Literal["auto"] = "auto"

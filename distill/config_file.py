@@ -174,11 +174,9 @@ def _suggest(key: str, known: Sequence[str]) -> str:
         return f"did you mean {near[0]}?"
 
     # An abbreviation is far from every key, but farthest from those that are not meant.
-    def likeness(other: str) -> tuple[float, bool]:
-        return difflib.SequenceMatcher(None, other, key).ratio(), other[:1] == key[:1]
-
-    far = max(known, key=likeness)
-    guess = f"did you mean {far}? " if likeness(far)[0] >= 0.25 else ""
+    initials = [name for name in known if key == "".join(part[:1] for part in name.split("_"))]
+    far = initials or difflib.get_close_matches(key, known, n=1, cutoff=0.25)
+    guess = f"did you mean {far[0]}? " if far else ""
     return f"{guess}Known keys: {', '.join(known)}."
 
 

@@ -16,6 +16,7 @@ from distill.datasets import canonical_json
 from distill.fingerprints import fingerprint
 from distill.rows import Row, RowCounts, fold_row
 from distill.tracing.trace import Trace
+from distill.turns import WEIGHT, is_trained
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 
@@ -113,6 +114,19 @@ def _chat(where: str, messages: Any) -> Row:
         raise ConfigurationError(
             f"{where}: the last message must be what the assistant says, and not be empty."
         )
-    # What else a log says of a message, as a name or a weight, is not part of the prompt.
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return Row(plain, "", fingerprint(canonical_json(plain)), folded=False)
+    if not any(is_trained(message) for message in messages):
+        raise ConfigurationError(
+            f"{where}: every message of the assistant has weight 0, so there is nothing to learn "
+            "from. Give one of them weight 1, or remove the line."
+        )
+    known = [_known(f"{where}: messages[{index}]", each) for index, each in enumerate(messages)]
+    return Row(known, "", fingerprint(canonical_json(known)), folded=False)
+
+
+def _known(where: str, message: dict[str, Any]) -> dict[str, Any]:
+    """What counts of a message; what else a log says of it, as a name, is not in the prompt."""
+    weight = message.get(WEIGHT)
+    if weight not in (None, 0, 1):
+        raise ConfigurationError(f"{where}.weight: expected 0 or 1, found {weight!r}.")
+    known = {"role": message["role"], "content": message["content"]}
+    return known if weight != 0 else {**known, WEIGHT: 0}

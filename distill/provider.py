@@ -30,6 +30,7 @@ from distill.progress import ProgressReporter, open_events
 from distill.rows import Messages, Row, fold_row
 from distill.rundir import RunDir
 from distill.train_kwargs import TrainKwargs, parse_train_kwargs
+from distill.turns import is_trained, plain
 from serve.dspy_lm import PROVIDER, model_name, register, student_of
 from serve.errors import ConfigurationError, TrainingError
 from serve.models import full_name
@@ -53,7 +54,7 @@ class TrainingRows(list[dict[str, Any]]):
     def __init__(
         self, train: Sequence[Row], val: Sequence[Row] = (), profile: Profile | None = None
     ) -> None:
-        super().__init__({"messages": list(row.messages)} for row in train)
+        super().__init__({"messages": plain(row.messages)} for row in train)
         self.train, self.val = list(train), list(val)
         self.profile = profile or Profile()
 
@@ -72,6 +73,11 @@ class TrainingRows(list[dict[str, Any]]):
                 raise ConfigurationError(
                     f"train_data[{number}]: expected {{'messages': [...]}} that end with the "
                     f"assistant's, found {str(row)[:200]}."
+                )
+            if not any(is_trained(message) for message in messages):
+                raise ConfigurationError(
+                    f"train_data[{number}]: every message of the assistant has weight 0, so "
+                    "there is nothing to learn from. Give one of them weight 1."
                 )
         return cls([Row(row["messages"], "", "", folded=False) for row in data])
 
@@ -168,6 +174,8 @@ class RayProvider(Provider):
         base = full_name(student_of(model))
         kwargs = self.check(model, train_kwargs or {})
         directory = self._directory(kwargs)
+
+        # Imported here: it brings Ray Serve, which LMs that only answer do not need.
         from serve import temporary
 
         with turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:

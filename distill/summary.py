@@ -119,6 +119,8 @@ def describe_training(result: Any) -> str:
         parts.append(f"{result.val_exact:.1%} exact (epoch {result.best_epoch})")
     if result.dropped_rows:
         parts.append(f"{result.dropped_rows} rows over train.max_length left out")
+    if result.cut_rows:
+        parts.append(f"{result.cut_rows} rows cut to train.max_length")
     return ", ".join(parts)
 
 

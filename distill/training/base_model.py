@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from distill.config import SCRATCH, ScratchConfig
-from distill.training.encoding import Conversation, encode, end_of_turn_id
+from distill.training.encoding import Conversation, LongRows, encode, end_of_turn_id
 from serve.engines.quiet import no_progress_bars
 from serve.errors import ConfigurationError, TrainingError
 from serve.files import local_folder
@@ -47,6 +47,7 @@ def make_scratch(
     *,
     max_length: int,
     seed: int,
+    long_rows: LongRows = "drop",
 ) -> None:
     """Write a micro-student that has learned nothing yet: tokenizer, config, first weights.
 
@@ -56,9 +57,10 @@ def make_scratch(
         sizes: Of the Llama. The vocabulary is smaller where the texts have no more to give.
         max_length: Longest row in tokens that will be trained on.
         seed: Decides the weights.
+        long_rows: What becomes of longer ones.
     """
     tokenizer = _learn_tokenizer(conversations, sizes.vocab_size)
-    rows, _ = encode(conversations, tokenizer, max_length)
+    rows, _ = encode(conversations, tokenizer, max_length, long_rows)
     longest = int(rows.lengths.max(initial=0))
     config = LlamaConfig(
         **sizes.model_dump(exclude={"size", "dropout"}) | {"vocab_size": len(tokenizer)},

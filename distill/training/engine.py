@@ -21,7 +21,7 @@ from distill.training.batches import Batch
 from distill.training.deepspeed_config import make_deepspeed_config, needs_compiler
 from distill.training.lora import add_adapters
 from distill.training.schedule import learning_rate_factor
-from serve.errors import ConfigurationError
+from serve.errors import ConfigurationError, TrainingError
 
 
 def start_engine(
@@ -109,6 +109,39 @@ def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
     return torch.stack([(losses * weights.flatten()).sum(), exact.sum().float()])
 
 
+@torch.no_grad()
+def check_packing(engine: Any) -> None:
+    """See that the model keeps rows of one sequence apart. Every rank calls it.
+
+    Not every architecture knows them by their positions, and with some kinds of attention
+    only a batch of one sequence does.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    ids = torch.arange(5, 21)
+    engine.eval()
+    try:
+        logits = engine(
+            input_ids=torch.stack([ids, ids.roll(8)]).to(engine.device),
+            position_ids=torch.arange(8).repeat(2, 2).to(engine.device),
+            use_cache=False,
+        ).logits
+    except TypeError as error:
+        raise TrainingError(_not_apart(str(error))) from error
+    # The same rows in the other order: what has seen another row differs by more than rounding.
+    found, other = logits.float(), logits.float().roll(8, dims=1).flip(0)
+    if (found - other).abs().max() > torch.finfo(logits.dtype).eps ** 0.5 * found.abs().max():
+        raise TrainingError(_not_apart("a row's answers change with the rows before it"))
+
+
+def _not_apart(found: str) -> str:
+    return (
+        "train.packing needs a model that keeps the rows of a sequence apart, and this one does "
+        f"not ({found}). Set train.packing=false."
+    )
+
+
 def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [B, T, V], targets int64[B, T] and weights float32[B, T] of the last positions.
 
@@ -117,11 +150,17 @@ def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
     """
     device = engine.device
     input_ids = torch.from_numpy(batch.input_ids).to(device)
+    # Without a mask, models keep apart the rows whose positions begin anew.
+    apart = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     logits = engine(
         input_ids=input_ids,
-        attention_mask=torch.from_numpy(batch.attention_mask).to(device),
         logits_to_keep=batch.num_logits,
         use_cache=False,
+        **{
+            name: torch.from_numpy(array).to(device)
+            for name, array in apart.items()
+            if array is not None
+        },
     ).logits[:, :-1]
     num_targets = logits.shape[1]
     weights = torch.from_numpy(batch.weights[:, -num_targets:]).to(device)

@@ -19,6 +19,7 @@ from distill.training.batches import EncodedRows
 from distill.training.checkpoints import SCORE
 from distill.training.choice import num_kept
 from distill.training.deepspeed_config import check_precision
+from distill.training.encoding import LongCounts
 from distill.training.loop import train_loop_per_worker
 from distill.training.mailbox import Event, run_with_events
 from distill.training.memory import is_out_of_memory, out_of_memory
@@ -34,13 +35,13 @@ class Data:
     Attributes:
         train: Rows that are learned.
         val: Rows that the epochs are compared by; may be none.
-        num_dropped: Rows left out of either because they are too long.
+        long: What became of rows of either that are too long.
         base: Hugging Face directory or id that training starts from.
     """
 
     train: EncodedRows
     val: EncodedRows
-    num_dropped: int
+    long: LongCounts
     base: str
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 
 from distill.config import SCRATCH, StudentConfig, TrainConfig
 from distill.rundir import RunDir
@@ -25,10 +24,12 @@ from distill.training.base_model import (
 from distill.training.batches import count_steps
 from distill.training.checkpoints import MODEL_FOLDER, SCORE, WORST
 from distill.training.choice import SelectBy, overfitting
-from distill.training.encoding import Conversation, encode
+from distill.training.encoding import Conversation
 from distill.training.fit import Data, fit
 from distill.training.mailbox import Event
+from distill.training.packing import pack
 from distill.training.room import among_jobs
+from distill.training.token_cache import encode_once
 from serve.errors import TrainingDiverged, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,11 @@ class TrainingResult:
     Attributes:
         model_dir: Folder or URI of the chosen checkpoint's plain Hugging Face directory; the
             last one's where ``save_strategy`` is ``no``.
-        rows: Rows trained on in each epoch.
+        rows: Rows trained on in each epoch; of a conversation whose turns cannot share one,
+            each turn is a row.
         val_rows: Rows that the validation loss is of.
         dropped_rows: Rows left out of either because they are too long.
+        cut_rows: Rows of either that were cut because they are too long.
         tokens: Tokens of an epoch.
         steps: Optimizer steps that were done.
         stopped_early: Whether patience ended it before the last epoch.
@@ -93,6 +96,7 @@ class TrainingResult:
     rows: int
     val_rows: int
     dropped_rows: int
+    cut_rows: int
     tokens: int
     steps: int
     stopped_early: bool
@@ -176,7 +180,7 @@ def train(
                 on_wait=on_wait,
             )
         except TrainingDiverged as error:
-            rows = [int(data.train.sources[row]) for row in error.rows]
+            rows = [int(n) for row in error.rows for n in data.train.conversations(row)]
             raise TrainingError(f"{error} {_name_rows(train_rows, rows)}.") from error
     return _read_result(result, data, train, f"{storage}/{name}")
 
@@ -201,9 +205,10 @@ def _read_result(result: Any, data: Data, train: TrainConfig, folder: str) -> Tr
     best = candidates[0]
     return TrainingResult(
         model_dir=best.model_dir,
-        rows=len(data.train),
+        rows=data.train.num_rows,
         val_rows=len(data.val),
-        dropped_rows=data.num_dropped,
+        dropped_rows=data.long.dropped,
+        cut_rows=data.long.cut,
         tokens=len(data.train.input_ids),
         steps=steps,
         stopped_early=steps < per_epoch * train.num_train_epochs,
@@ -255,21 +260,26 @@ def _prepare(
                     student.scratch,
                     max_length=train.max_length,
                     seed=train.seed,
+                    long_rows=train.long_rows,
                 )
         base = run.join(_BASE)
     with local_base(base) as source:
         tokenizer = load_tokenizer(source)
         longest = min(train.max_length, max_positions(source) or train.max_length)
-    rows, dropped = encode(conversations, tokenizer, longest)
-    val, val_dropped = encode(held_out, tokenizer, longest)
+    splits = {"train": conversations, "val": held_out}
+    encoded = encode_once(run, splits, tokenizer, longest, train.long_rows)
+    (rows, long), (val, val_long) = encoded["train"], encoded["val"]
     if not len(rows):
         raise TrainingError(
             f"{train_rows}: {len(conversations)} rows, none of at most {longest} tokens. "
             "Raise train.max_length, use student.prompt=folded, or keep more traces."
         )
-    if dropped or val_dropped:
-        logger.warning("%d rows are longer than %d tokens.", dropped + val_dropped, longest)
-    return Data(train=rows, val=val, num_dropped=dropped + val_dropped, base=base)
+    long += val_long
+    if long.dropped or long.cut:
+        logger.warning("%d rows are longer than %d tokens.", long.dropped + long.cut, longest)
+    if train.packing:
+        rows = pack(rows, longest, train.seed)
+    return Data(train=rows, val=val, long=long, base=base)
 
 
 def _name_rows(path: str, rows: Sequence[int]) -> str:
@@ -299,9 +309,5 @@ def _steps_per_epoch(data: Data, train: TrainConfig) -> int:
 
 
 def _max_new_tokens(data: Data) -> int:
-    longest = max(
-        int(np.add.reduceat(rows.completion, rows.offsets[:-1], dtype=np.int64).max())
-        for rows in (data.train, data.val)
-        if len(rows)
-    )
+    longest = max(rows.longest_completion for rows in (data.train, data.val))
     return longest + max(16, longest // 2)

@@ -38,7 +38,7 @@ from distill.training.divergence import (
     explain_step,
     scaled_to_nothing,
 )
-from distill.training.engine import start_engine, validate_batch, weighted_loss_sum
+from distill.training.engine import check_packing, start_engine, validate_batch, weighted_loss_sum
 from distill.training.mailbox import Progress
 from serve.errors import DistillError, TrainingCancelled, TrainingError
 
@@ -92,6 +92,8 @@ class Training:
                 dropout=config["dropout"],
                 lora=LoraConfig.model_validate(config["lora"]) if config["lora"] else None,
             )
+        if self.train.packing:
+            check_packing(self.engine)
 
     def run(self) -> None:
         """Train what is left."""

@@ -18,8 +18,9 @@ from distill.training.base_model import (
     make_scratch,
     max_positions,
 )
-from distill.training.encoding import encode, end_of_turn_id
+from distill.training.encoding import LongCounts, encode, end_of_turn_id
 from distill.training.lora import add_adapters
+from distill.turns import as_input
 from serve.errors import ConfigurationError, TrainingError
 
 SIZES = ScratchConfig(
@@ -105,8 +106,9 @@ def test_generation_stops_at_the_end_of_a_turn(scratch):
 @pytest.mark.parametrize("messages", AWKWARD)
 def test_the_completion_is_the_answer_and_the_end_of_its_turn(scratch, messages):
     tokenizer = load_tokenizer(scratch)
-    rows, dropped = encode([messages], tokenizer, max_length=512)
-    assert dropped == 0
+    messages = [*as_input(messages[:-1]), messages[-1]]
+    rows, long = encode([messages], tokenizer, max_length=512)
+    assert long == LongCounts()
     completion = tokenizer.decode(rows.input_ids[rows.completion])
     assert completion == messages[-1]["content"] + "<|end|>"
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
@@ -115,13 +117,13 @@ def test_the_completion_is_the_answer_and_the_end_of_its_turn(scratch, messages)
 
 def test_rows_that_are_too_long_are_left_out_and_counted(scratch):
     long = conversation("1" * 100, "yes")
-    rows, dropped = encode([*CONVERSATIONS, long], load_tokenizer(scratch), max_length=80)
-    assert (len(rows), dropped) == (len(CONVERSATIONS), 1)
+    rows, counts = encode([*CONVERSATIONS, long], load_tokenizer(scratch), max_length=80)
+    assert (len(rows), counts) == (len(CONVERSATIONS), LongCounts(dropped=1))
 
 
 def test_no_rows_encode_to_no_rows(scratch):
-    rows, dropped = encode([], load_tokenizer(scratch), max_length=80)
-    assert (len(rows), dropped) == (0, 0)
+    rows, counts = encode([], load_tokenizer(scratch), max_length=80)
+    assert (len(rows), counts) == (0, LongCounts())
 
 
 @pytest.fixture

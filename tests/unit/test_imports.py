@@ -45,6 +45,18 @@ def test_a_chat_log_becomes_rows_of_its_messages(tmp_path):
     assert (counts.imported, counts.full) == (2, 2)
 
 
+def test_a_weight_of_0_is_kept_and_another_is_wrong(tmp_path):
+    asked = [{"role": "user", "content": "hi"}, {**SAID, "weight": 0}, {**SAID, "weight": 1}]
+    (row,), _ = rows([write(tmp_path / "a.jsonl", {"messages": asked})])
+    assert row.messages == [*asked[:2], SAID]
+    for messages, error in (
+        ([{**SAID, "weight": 0}], "every message of the assistant has weight 0"),
+        ([{**SAID, "weight": 0.5}], r"messages\[0\]\.weight: expected 0 or 1, found 0\.5"),
+    ):
+        with pytest.raises(ConfigurationError, match=error):
+            imports.check([write(tmp_path / "b.jsonl", {"messages": messages})])
+
+
 def test_a_chat_that_is_a_predictors_prompt_is_folded(tmp_path):
     prompt = ADAPTER.format(PROMPTS["judge"][0], [], {"text": "sun"})
     answer = ADAPTER.format_assistant_message_content(PROMPTS["judge"][0], {"mood": "good"})

@@ -1,0 +1,120 @@
+"""Packed rows teach a model what they teach it padded, and one at a time."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from distill.training.batches import EncodedRows, collate
+from distill.training.engine import check_packing, weighted_loss_sum
+from distill.training.packing import pack
+from serve.errors import TrainingError
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, sliding": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SIZES),
+    "mistral, sliding": MistralConfig(**SIZES, sliding_window=5),
+    "gemma": GemmaConfig(**SIZES),
+    "gemma2, sliding": Gemma2Config(**SIZES, sliding_window=5),
+}
+
+
+def make_rows(shapes=((3, 4), (9, 6), (1, 1), (12, 2), (2, 9), (5, 5), (1, 3))):
+    random = np.random.default_rng(0)
+    lengths = [prompt + completion for prompt, completion in shapes]
+    mask = [flag for p, c in shapes for flag in [False] * p + [True] * c]
+    return EncodedRows(
+        input_ids=random.integers(1, 64, sum(lengths)).astype(np.int32),
+        completion=np.array(mask, np.bool_),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+    )
+
+
+def loss_and_gradients(model, rows, micro_batches):
+    model.zero_grad()
+    total = torch.zeros(())
+    for indices in micro_batches:
+        loss = weighted_loss_sum(model, collate(rows, indices, 0.3, pad_id=0))
+        loss.backward()
+        total += loss.detach()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return total / rows.loss_weights(0.3).sum(), gradients
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_padded_and_single_rows_give_the_same_loss_and_gradients(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    check_packing(model)
+    model.train()
+    rows = make_rows()
+    packed = pack(rows, max_length=25)
+    assert 1 < len(packed) < len(rows)
+    assert len(set(packed.lengths)) > 1  # One of them is padded.
+    expected_loss, expected = loss_and_gradients(model, rows, [[i] for i in range(len(rows))])
+    for batch_rows, micro_batches in (
+        (rows, [range(len(rows))]),
+        (packed, [range(len(packed))]),
+        (packed, [[i] for i in range(len(packed))] + [[]]),
+    ):
+        loss, gradients = loss_and_gradients(model, batch_rows, micro_batches)
+        torch.testing.assert_close(loss, expected_loss)
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_does_not_see_the_others_of_its_sequence():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.float32).eval()
+    packed = pack(make_rows(((4, 4), (4, 4))), max_length=16)
+    batch = collate(packed, [0], 0.0, pad_id=0)
+    ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids)
+    changed = ids.clone()
+    changed[0, :8] = (changed[0, :8] + 1) % 64
+    with torch.no_grad():
+        before, after = (
+            model(input_ids=some, position_ids=positions, use_cache=False).logits
+            for some in (ids, changed)
+        )
+    assert not torch.equal(before[0, :8], after[0, :8])
+    torch.testing.assert_close(before[0, 8:], after[0, 8:])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4),
+        # Positions or not, its attention knows nothing of them.
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
+    ],
+    ids=["mamba", "bloom"],
+)
+def test_a_model_that_cannot_keep_rows_apart_is_refused(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pytest.raises(TrainingError, match=r"train\.packing=false"):
+        check_packing(model)
