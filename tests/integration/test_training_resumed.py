@@ -105,8 +105,11 @@ from pathlib import Path
 sys.path.insert(0, {repository!r})
 from tests.training_runs import WITH_DROPOUT, run
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+noted = Path({folder!r}, "checkpoints", "run", "checkpoint_manager_snapshot.json")
 def die(event):
-    if event["event"] == "train_step" and event["step"] >= {step}:
+    # A checkpoint is one from when Ray Train has noted it, which is a moment after its step.
+    saved = noted.exists() and "checkpoint_dir_name" in noted.read_text()
+    if event["event"] == "train_step" and event["step"] >= {step} and saved:
         os.kill(os.getpid(), signal.SIGKILL)
 run(Path({folder!r}), WITH_DROPOUT, on_event=die, **{settings!r})
 """
