@@ -1,5 +1,6 @@
 """The whole line through the command line: what a run leaves, and that kills don't hurt it."""
 
+import csv
 import hashlib
 import json
 import signal
@@ -104,6 +105,16 @@ def test_the_student_says_what_it_was_made_from_and_how(finished):
     assert made_from["train"] == {**config["train"], "use_gpu": False}
     assert {"torch", "transformers", "deepspeed", "ray", "dspy"} <= manifest["versions"].keys()
     assert manifest["metrics"]["student_score"] is not None
+
+
+def test_no_row_is_of_the_test_set(finished):
+    folder = finished[0]
+    with (folder.path / "test.csv").open() as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    rows = "".join(path.read_text() for path in (folder.run_dir / "rows").glob("*.jsonl"))
+    assert len(texts) == 12
+    assert "day 1 was" in rows
+    assert not [text for text in texts if text in rows]
 
 
 def test_the_terminal_shows_stages_and_no_chatter(finished):
