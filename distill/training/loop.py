@@ -40,6 +40,7 @@ from distill.training.divergence import (
 )
 from distill.training.engine import check_packing, start_engine, validate_batch, weighted_loss_sum
 from distill.training.mailbox import Progress
+from distill.training.memory import is_out_of_memory
 from serve.errors import DistillError, TrainingCancelled, TrainingError
 
 
@@ -56,11 +57,19 @@ def train_loop_per_worker(config: dict[str, Any]) -> DistillError | None:
         Why training ended early, where it must not be tried again; else None.
     """
     torch.set_num_threads(config["num_threads"])
+    mailbox = config["mailbox"]
+    if (failure := ray.get(mailbox.failure.remote())) is not None:
+        return failure
     try:
         Training(config).run()
     except DistillError as error:
         # Returned, since Ray Train would run a loop that raises again, to the same end.
         return error
+    except Exception as error:
+        if is_out_of_memory(error):
+            # Of one rank alone: raised, it ends the others, which wait for it.
+            ray.get(mailbox.fail.remote(TrainingError(f"{type(error).__name__}: {error}")))
+        raise
     return None
 
 
