@@ -38,7 +38,13 @@ from distill.training.divergence import (
     explain_step,
     scaled_to_nothing,
 )
-from distill.training.engine import check_packing, start_engine, validate_batch, weighted_loss_sum
+from distill.training.engine import (
+    backward,
+    check_packing,
+    start_engine,
+    validate_batch,
+    weighted_loss_sum,
+)
 from distill.training.mailbox import Progress
 from distill.training.memory import is_out_of_memory
 from serve.errors import DistillError, TrainingCancelled, TrainingError
@@ -260,7 +266,7 @@ class Training:
         for indices in step.micro_batches[self.rank]:
             batch = self._batch(self.rows, indices, self.prompt_weight)
             loss = weighted_loss_sum(self.engine, batch)
-            self.engine.backward(loss * scale)
+            backward(self.engine, loss * scale)
             self._update()
             total += loss.detach()
         return total / step.loss_weight
