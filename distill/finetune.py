@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from distill import export, preflight, summary
+from distill import export, preflight, provenance, summary
 from distill.config import StudentConfig, TrainConfig
 from distill.export import Profile
 from distill.fingerprints import fingerprint
@@ -107,10 +107,24 @@ def fine_tune(
         progress.note(f"[yellow]{escape(result.overfitting)}[/]")
 
 
-def _write(job: FineTuning, result: Any) -> None:
+def _write(job: FineTuning, result: Any, folder: str = "", identity: str = "") -> None:
+    """Write the student's directory, or that of one that may become it."""
     export.write_student(
-        job.directory, job.student_folder(), job.profile, job.student.model, result, job.identity()
+        job.directory,
+        folder or job.student_folder(),
+        job.profile,
+        job.student.model,
+        result,
+        identity or job.identity(),
+        provenance.describe(
+            {"train": job.train_rows, "val": job.val_rows}, job.student, _fitted(job.train)
+        ),
+        ("peft",) if job.student.lora else (),
     )
+
+
+def _fitted(train: TrainConfig) -> TrainConfig:
+    return train.model_copy(update={"use_gpu": preflight.use_gpu(train)})
 
 
 def _train(
@@ -140,7 +154,7 @@ def _train(
             train_rows=job.train_rows,
             val_rows=job.val_rows,
             student=job.student,
-            train=job.train.model_copy(update={"use_gpu": preflight.use_gpu(job.train)}),
+            train=_fitted(job.train),
             storage=job.directory.join("checkpoints"),
             name=identity[:12],
             on_event=on_event,
@@ -159,14 +173,7 @@ def _choose(job: FineTuning, result: Any) -> Any:
         name = f"{identity}-step-{candidate.step}"
         folder = f"{_CANDIDATES}/{name}"
         # A whole student directory: the program's prompts are folded as it says.
-        export.write_student(
-            job.directory,
-            folder,
-            job.profile,
-            job.student.model,
-            result.choosing([candidate]),
-            name,
-        )
+        _write(job, result.choosing([candidate]), folder, name)
         students.append((job.directory.join(folder), name))
     scored = [
         replace(candidate, metric=score, cost_usd=cost)

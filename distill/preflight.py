@@ -16,6 +16,7 @@ from distill.config import (
     SCRATCH,
     ActorsConfig,
     RunConfig,
+    StudentConfig,
     TeacherConfig,
     TraceConfig,
     TrainConfig,
@@ -61,7 +62,7 @@ def load(config: RunConfig) -> Inputs:
     folding = None
     if config.student.prompt == "folded":
         folding = Folding.learn(prompts, task.adapter)
-    check_training(config.student.model, config.train, rendered if _any_full(folding) else ())
+    check_training(config.student, config.train, rendered if _any_full(folding) else ())
     _check_choice(config, dev)
     return Inputs(task, train, dev, test, folding)
 
@@ -78,11 +79,13 @@ def load_traced(
     return task, *_training_data(config)
 
 
-def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messages] = ()) -> None:
-    """See that a student of this model can be trained by this recipe.
+def check_training(
+    student: StudentConfig, train: TrainConfig, prompts: Sequence[rows.Messages] = ()
+) -> None:
+    """See that this student can be trained by this recipe.
 
     Args:
-        model: ``scratch``, or a Hugging Face directory or id.
+        student: What is trained.
         train: The recipe.
         prompts: Full prompts that the model's chat template has to render.
 
@@ -91,11 +94,14 @@ def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messag
     """
     tracking.check(train.report_to)
     make_deepspeed_config(train, num_workers=train.num_workers, use_gpu=False, bf16_supported=True)
-    if model != SCRATCH:
-        # Imported here: it brings torch, which a scratch student's check does not need.
+    if student.model != SCRATCH:
+        # Imported here: they bring torch, which a scratch student's check does not need.
+        from distill.training import lora
         from distill.training.base_model import check_base_model
 
-        check_base_model(model, prompts)
+        if student.lora is not None:
+            lora.check_installed()
+        check_base_model(student.model, prompts)
 
 
 def fitted_workers(train: TrainConfig) -> TrainConfig:

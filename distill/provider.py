@@ -138,7 +138,7 @@ class RayProvider(Provider):
                 "to run its metric on. Use 'exact' or 'loss', or raydistill run with a "
                 "configuration file."
             )
-        preflight.check_training(base, kwargs.train, prompts)
+        preflight.check_training(StudentConfig(model=base), kwargs.train, prompts)
         self._directory(kwargs).create()
         return kwargs
 

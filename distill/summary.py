@@ -182,9 +182,13 @@ def run_section(directory: RunDir, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of the packages that a student depends on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def versions(*others: str) -> dict[str, str]:
+    """The versions of the packages that a student depends on.
+
+    Args:
+        others: Packages that not every student does.
+    """
+    return {name: importlib.metadata.version(name) for name in (*PACKAGES, *others)}
 
 
 def training_section(result: Mapping[str, Any] | None) -> dict[str, Any]:

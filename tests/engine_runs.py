@@ -48,8 +48,8 @@ SETTINGS = {
 
 
 def make_base(folder):
-    """A tiny base model, and 21 rows for it: no number of ranks or batches divides them."""
-    conversations = [row(number)["messages"] for number in range(21)]
+    """A tiny base model, and 13 rows for it: no number of ranks or batches divides them."""
+    conversations = [row(number)["messages"] for number in range(13)]
     make_scratch(folder, conversations, ScratchConfig(**SIZES), max_length=512, seed=0)
     rows, _ = encode(conversations, AutoTokenizer.from_pretrained(folder), 512)
     return rows

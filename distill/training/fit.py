@@ -74,8 +74,11 @@ def fit(
             result = run_with_events(start, on_event, cancelled, on_start=turn.close)
     except TrainingFailedError as error:
         raise TrainingError(_explain(error, student, train)) from error
-    if result.return_value is not None:
-        raise result.return_value
+    failure = result.return_value
+    if failure is not None and is_out_of_memory(failure):
+        raise TrainingError(out_of_memory(failure, student, train)) from failure
+    if failure is not None:
+        raise failure
     return result
 
 

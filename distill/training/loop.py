@@ -38,8 +38,15 @@ from distill.training.divergence import (
     explain_step,
     scaled_to_nothing,
 )
-from distill.training.engine import check_packing, start_engine, validate_batch, weighted_loss_sum
+from distill.training.engine import (
+    backward,
+    check_packing,
+    start_engine,
+    validate_batch,
+    weighted_loss_sum,
+)
 from distill.training.mailbox import Progress
+from distill.training.memory import is_out_of_memory
 from serve.errors import DistillError, TrainingCancelled, TrainingError
 
 
@@ -56,11 +63,19 @@ def train_loop_per_worker(config: dict[str, Any]) -> DistillError | None:
         Why training ended early, where it must not be tried again; else None.
     """
     torch.set_num_threads(config["num_threads"])
+    mailbox = config["mailbox"]
+    if (failure := ray.get(mailbox.failure.remote())) is not None:
+        return failure
     try:
         Training(config).run()
     except DistillError as error:
         # Returned, since Ray Train would run a loop that raises again, to the same end.
         return error
+    except Exception as error:
+        if is_out_of_memory(error):
+            # Of one rank alone: raised, it ends the others, which wait for it.
+            ray.get(mailbox.fail.remote(TrainingError(f"{type(error).__name__}: {error}")))
+        raise
     return None
 
 
@@ -251,7 +266,7 @@ class Training:
         for indices in step.micro_batches[self.rank]:
             batch = self._batch(self.rows, indices, self.prompt_weight)
             loss = weighted_loss_sum(self.engine, batch)
-            self.engine.backward(loss * scale)
+            backward(self.engine, loss * scale)
             self._update()
             total += loss.detach()
         return total / step.loss_weight

@@ -1,4 +1,7 @@
-"""Progress events on their way from a worker to the driver, and word to stop on its way back."""
+"""Progress events on their way from a worker to the driver, and word to stop on its way back.
+
+Word to stop may also come from a worker that failed in vain, to those started in its place.
+"""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +11,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from serve.errors import TrainingError
+from serve.errors import DistillError, TrainingError
 
 Event = dict[str, Any]
 T = TypeVar("T")
@@ -22,6 +25,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._cancelled = False
+        self._failure: DistillError | None = None
 
     def put(self, event: Event) -> None:
         """Add an event."""
@@ -39,6 +43,14 @@ class Mailbox:
     def is_cancelled(self) -> bool:
         """Whether the workers are to stop."""
         return self._cancelled
+
+    def fail(self, failure: DistillError) -> None:
+        """Note what would end every other attempt as well."""
+        self._failure = failure
+
+    def failure(self) -> DistillError | None:
+        """What ended an attempt, if another would end the same."""
+        return self._failure
 
 
 class Progress:

@@ -174,29 +174,32 @@ def test_the_same_seed_gives_the_same_student(trained):
 ALONE_WITH_TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(
-    sys.argv[1], dtype="auto", output_loading_info=True
-)
-assert not any(info.values()), info
+logits = []
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
+    assert not any(info.values()), (folder, info)
+    logits.append(model(torch.arange(20)[None]).logits)
 assert not {"distill", "serve", "deepspeed", "peft", "ray"} & set(sys.modules)
-torch.save(model(torch.arange(20)[None]).logits, sys.argv[2])
+torch.save(logits, sys.argv[1])
 """
+RELOADED = ["zero3-accumulation4", "bf16-zero2", "lora3"]
 
 
-@pytest.mark.parametrize("name", ["zero3-accumulation4", "bf16-zero2", "lora3"])
-def test_the_export_gives_the_engines_logits_in_transformers_alone(trained, tmp_path, name):
-    folder = trained[2] / name
-    file = tmp_path / "logits.pt"
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        ALONE_WITH_TRANSFORMERS,
-        str(folder / "model"),
-        str(file),
-    ]
+@pytest.fixture(scope="module")
+def reloaded(trained, tmp_path_factory):
+    """Logits of exported students, made in a process that knows transformers alone."""
+    file = tmp_path_factory.mktemp("reloaded") / "logits.pt"
+    folders = [str(trained[2] / name / "model") for name in RELOADED]
+    command = [sys.executable, "-I", "-c", ALONE_WITH_TRANSFORMERS, str(file), *folders]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = torch.load(folder / "logits.pt")
+    return dict(zip(RELOADED, torch.load(file), strict=True))
+
+
+@pytest.mark.parametrize("name", RELOADED)
+def test_the_export_gives_the_engines_logits_in_transformers_alone(trained, reloaded, name):
+    expected = torch.load(trained[2] / name / "logits.pt")
     tolerance = 2e-2 if "bf16" in name else 1e-5
-    torch.testing.assert_close(torch.load(file), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(reloaded[name], expected, rtol=tolerance, atol=tolerance)
