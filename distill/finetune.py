@@ -69,7 +69,11 @@ class FineTuning:
             if key in _ALWAYS_NAMING or value != type(self.train).model_fields[key].default
         }
         profile = [self.profile.to_json(), self.profile.fingerprint]
-        base = [self.student.model_dump(), preflight.base_fingerprint(self.student.model)]
+        # A size only stands for the others.
+        student = self.student.model_dump(exclude={"scratch": {"size"}})
+        if student["lora"] is None:
+            del student["lora"]
+        base = [student, preflight.base_fingerprint(self.student.model)]
         return fingerprint([self.rows_fingerprint, recipe, profile, base])
 
     def student_folder(self) -> str:

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from distill.config import SCRATCH, ScratchConfig
-from distill.training.encoding import Conversation, LongRows, encode, end_of_turn_id
+from distill.config import SCRATCH, LongRows, ScratchConfig
+from distill.training.encoding import Conversation, encode, end_of_turn_id
 from serve.engines.quiet import no_progress_bars
 from serve.errors import ConfigurationError, TrainingError
 from serve.files import local_folder

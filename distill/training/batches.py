@@ -2,7 +2,7 @@
 
 Pure: numbers in, numbers out. A plan depends on nothing but its arguments, so every rank
 makes the same one, and so does a run that goes on after a crash. What the arrays mean to
-a model is for ``loop``.
+a model is for ``engine``.
 """
 
 from collections.abc import Sequence

@@ -2,14 +2,13 @@
 
 A checkpoint holds ``engine/``, DeepSpeed's own state of every rank, and at an evaluation also
 ``model/``, a plain Hugging Face directory that needs nothing of ours to load. Ray Train
-stores it. When one is saved is for ``loop``, which is the better one for ``choice``.
+stores it. When one is saved is for ``timetable``, which is the better one for ``choice``.
 """
 
 import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from distill.training.lora import (
     plain_model,
     save_adapter,
 )
-from serve.errors import TrainingError
+from distill.training.position import Position
 
 ENGINE_TAG = "engine"
 MODEL_FOLDER = "model"
@@ -33,52 +32,6 @@ SCORE = "quality"
 
 WORST = -sys.float_info.max
 """Of a checkpoint that holds no student to choose. Finite, since it goes through JSON."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far training has come.
-
-    Attributes:
-        history: A summary of each finished epoch.
-        losses: Of the steps done in the epoch under way.
-        seconds: Spent on these.
-        eval_seconds: Spent on evaluations within the epoch under way.
-        evaluations: All that there have been; see ``choice``.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    eval_seconds: float = 0.0
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done, of the finished epochs and the one under way."""
-        return sum(epoch["steps"] for epoch in self.history) + len(self.losses)
-
-    @classmethod
-    def read(cls, saved: Mapping[str, Any], steps_per_epoch: int) -> "Position":
-        """A position as it was saved, maybe by an earlier version that knew less.
-
-        Args:
-            saved: Its fields.
-            steps_per_epoch: Optimizer steps of a whole epoch.
-
-        Raises:
-            TrainingError: A later version saved it, with what this one does not know.
-        """
-        unknown = sorted(saved.keys() - {each.name for each in fields(cls)})
-        if unknown:
-            raise TrainingError(
-                f"The checkpoint was saved by another version of raydistill: it holds "
-                f"{', '.join(unknown)}, which this one does not know. Go on with that version, or "
-                "remove the run's checkpoints to train anew."
-            )
-        history = [{"steps": steps_per_epoch, **epoch} for epoch in saved["history"]]
-        ends = [{"step": steps_per_epoch * epoch["epoch"], **epoch} for epoch in history]
-        return cls(**{"evaluations": ends, **saved, "history": history})
 
 
 def save_step(engine: Any, position: Position) -> None:

@@ -2,14 +2,15 @@
 
 An evaluation is what was measured at one point of the training: ``step``, ``epoch``,
 ``train_loss`` since the one before, ``val_loss`` and ``val_exact``, which are None without
-validation rows. When there is one is for ``loop``.
+validation rows. When there is one is for ``timetable``.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
+
+from distill.config import SelectBy
 
 Evaluation = Mapping[str, Any]
-SelectBy = Literal["exact", "loss", "metric"]
 
 METRIC_CANDIDATES = 3
 """Checkpoints that the program's metric chooses from, unless another number is given."""

@@ -15,7 +15,7 @@ from distill.training.batches import Batch, Step
 from distill.training.engine import weighted_loss_sum
 from serve.errors import TrainingDiverged, TrainingError
 
-SKIPPED_AT_MOST = 50
+_SKIPPED_AT_MOST = 50
 """fp16 passes over a step whose gradient overflows, and lowers its loss scale by half. From
 DeepSpeed's highest scale to its lowest is less than half as many."""
 
@@ -25,6 +25,45 @@ _REMEDY = (
 )
 
 
+class Watch:
+    """Sees that a training's losses and gradients are numbers. Every rank has one.
+
+    Args:
+        engine: The DeepSpeed engine.
+        make_batch: Makes the batch of some rows, or of none.
+    """
+
+    def __init__(self, engine: Any, make_batch: Callable[[Sequence[int]], Batch]) -> None:
+        self._engine = engine
+        self._make_batch = make_batch
+        self._skipped = self._skipped_in_a_row = 0
+
+    def check(self, losses: Sequence[float], steps: Sequence[Step], first: int) -> None:
+        """Look at some steps just taken.
+
+        Args:
+            losses: Of each, summed over ranks.
+            steps: Those.
+            first: Number of the first.
+
+        Raises:
+            TrainingError: On all ranks, where a loss is no number, or a gradient was none.
+        """
+        for number, (loss, step) in enumerate(zip(losses, steps, strict=True), start=first):
+            if not math.isfinite(loss):
+                raise _explain_step(self._engine, step, self._make_batch, number, loss)
+        skipped = self._engine.skipped_steps - self._skipped
+        self._skipped = self._engine.skipped_steps
+        if skipped and not self._engine.fp16_enabled():
+            # DeepSpeed passes over such steps in silence; only fp16 is meant to have some.
+            last = first + len(steps) - 1
+            raise TrainingError(_diverged(f"a gradient of steps {first} to {last}", "infinite"))
+        all_skipped = skipped == len(losses)
+        self._skipped_in_a_row = self._skipped_in_a_row + skipped if all_skipped else 0
+        if self._skipped_in_a_row > _SKIPPED_AT_MOST:
+            raise scaled_to_nothing()
+
+
 def check_loss(loss: float, name: str) -> float:
     """The loss, if it is a number.
 
@@ -32,17 +71,17 @@ def check_loss(loss: float, name: str) -> float:
         TrainingError: It is not.
     """
     if not math.isfinite(loss):
-        raise TrainingError(diverged(name, str(loss)))
+        raise TrainingError(_diverged(name, str(loss)))
     return loss
 
 
-def diverged(name: str, found: str) -> str:
+def _diverged(name: str, found: str) -> str:
     """A message about a number that is none."""
     return f"Training diverged: {name} is {found}, expected a finite number. {_REMEDY}"
 
 
 @torch.no_grad()
-def explain_step(
+def _explain_step(
     engine: Any, step: Step, make_batch: Callable[[Sequence[int]], Batch], number: int, loss: float
 ) -> TrainingError:
     """Why the loss of a step is not finite. Every rank calls it, and gets the same.
@@ -65,7 +104,7 @@ def explain_step(
     of_ranks: list[list[int]] = [[] for _ in ranks]
     dist.all_gather_object(of_ranks, found)
     rows, total = sorted(itertools.chain.from_iterable(of_ranks)), sum(map(len, ranks))
-    message = diverged(f"the loss of step {number}", str(loss))
+    message = _diverged(f"the loss of step {number}", str(loss))
     if len(rows) == total > 1:
         return TrainingError(f"{message} It is so for each of its rows: the weights have diverged.")
     if not rows:

@@ -9,19 +9,18 @@ The tokenizer comes from ``base_model``; batches are made in ``batches``.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.config import LongRows
 from distill.training.batches import EncodedRows
 from distill.turns import is_trained, plain
 from serve.errors import ConfigurationError
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages, at least one of which the assistant is to learn."""
-LongRows = Literal["drop", "keep_start", "keep_end"]
-"""What becomes of a sequence that is too long; see ``TrainConfig.long_rows``."""
 
 _PROBE = "completion"
 _TOKENISED_AT_ONCE = 1000

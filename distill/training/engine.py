@@ -98,14 +98,6 @@ def weighted_loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
     return (losses * weights.flatten()).sum()
 
 
-def backward(engine: Any, loss: torch.Tensor) -> None:
-    """Add a loss's gradients to those of the step."""
-    if engine.fp16_enabled() and not engine.zero_optimization():
-        # DeepSpeed multiplies the loss for ZeRO's optimizers only, and divides for all.
-        loss = loss * engine.optimizer.loss_scale_config.cur_scale
-    engine.backward(loss)
-
-
 def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
     """float32[2]: the loss sum, and how many rows greedy decoding would complete exactly.
 

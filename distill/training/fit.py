@@ -1,12 +1,11 @@
 """Runs the training workers through Ray Train, as the driver sees it.
 
 Owns what the workers are given, where they run, and what is said when they fail. What they
-are to learn from is made in ``job``, what one of them does is in ``loop``.
+are to learn from is made in ``data``, what one of them does is in ``loop``.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,34 +14,17 @@ import ray.train.torch
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distill.config import SCRATCH, StudentConfig, TrainConfig
-from distill.training.batches import EncodedRows
 from distill.training.checkpoints import SCORE
 from distill.training.choice import num_kept
+from distill.training.data import Data
 from distill.training.deepspeed_config import check_precision
-from distill.training.encoding import LongCounts
+from distill.training.events import Event
 from distill.training.loop import train_loop_per_worker
-from distill.training.mailbox import Event, run_with_events
+from distill.training.mailbox import run_with_events
 from distill.training.memory import is_out_of_memory, out_of_memory
 from distill.training.resources import cpus_per_worker
 from distill.training.room import my_turn, num_jobs, wait_for_room
 from serve.errors import DistillError, TrainingError
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the workers learn from.
-
-    Attributes:
-        train: Rows that are learned.
-        val: Rows that the epochs are compared by; may be none.
-        long: What became of rows of either that are too long.
-        base: Hugging Face directory or id that training starts from.
-    """
-
-    train: EncodedRows
-    val: EncodedRows
-    long: LongCounts
-    base: str
 
 
 def fit(

@@ -1,42 +1,27 @@
 """A training job: rows in, a trained student out.
 
-Owns what is made once, on the driver: the base model and the tokens before, the name of the
-best checkpoint after. Ray is already connected. Running the workers is for ``fit``.
+Owns the result: which checkpoint is the student, and what there is to say of its training. Ray
+is already connected. What is learned from is made in ``data``, the workers are run by ``fit``.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from distill.config import SCRATCH, StudentConfig, TrainConfig
+from distill.config import SelectBy, StudentConfig, TrainConfig
 from distill.rundir import RunDir
-from distill.training.base_model import (
-    load_tokenizer,
-    local_base,
-    make_scratch,
-    max_positions,
-)
 from distill.training.batches import count_steps
 from distill.training.checkpoints import MODEL_FOLDER, SCORE, WORST
-from distill.training.choice import SelectBy, overfitting
-from distill.training.encoding import Conversation
-from distill.training.fit import Data, fit
-from distill.training.mailbox import Event
-from distill.training.packing import pack
+from distill.training.choice import overfitting
+from distill.training.data import Data, name_rows, prepare
+from distill.training.events import Event
+from distill.training.fit import fit
 from distill.training.room import among_jobs
-from distill.training.token_cache import encode_once
 from serve.errors import TrainingDiverged, TrainingError
 
 logger = logging.getLogger(__name__)
-
-_BASE = "base"
-_SEAL = "config.json"
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -84,8 +69,7 @@ class TrainingResult:
         best_epoch, best_step: When ``model_dir`` was saved, both from 1.
         num_parameters: Of the student.
         max_new_tokens: Enough for any completion like those trained on.
-        history: One dict per epoch: epoch, steps, train_loss, val_loss, val_exact, seconds,
-            tokens_per_s.
+        history: One dict per epoch; see ``position``.
         evaluations: One dict per evaluation; see ``choice``.
         candidates: The checkpoints that were kept, the best first.
         selected_by: What it was chosen by.
@@ -152,10 +136,7 @@ def train(
         train: How it is trained.
         storage: Ray Train's ``storage_path``, a folder or URI that all nodes reach.
         name: Ray Train's run name; other rows or settings need another one.
-        on_event: Called in this thread with ``train_start``, ``train_step``,
-            ``train_eval``, ``train_epoch`` and ``train_stop`` events. Each tells ``step`` of
-            ``num_steps`` optimizer steps and ``epoch`` of ``num_epochs``; what came before an
-            interruption counts as done.
+        on_event: Called in this thread with each event; see ``events``.
         cancelled: Asked in this thread, about twice a second, whether to stop. The workers
             then stop at their next logging step; what was saved before is kept, so that the
             same call goes on from there. A job that ends first is not cancelled any more.
@@ -167,7 +148,7 @@ def train(
         TrainingCancelled: ``cancelled`` said so; the workers are gone.
     """
     with among_jobs():
-        data = _prepare(train_rows, val_rows, student, train, RunDir(f"{storage}/{name}"))
+        data = prepare(train_rows, val_rows, student, train, RunDir(f"{storage}/{name}"))
         try:
             result = fit(
                 data,
@@ -181,7 +162,7 @@ def train(
             )
         except TrainingDiverged as error:
             rows = [int(n) for row in error.rows for n in data.train.conversations(row)]
-            raise TrainingError(f"{error} {_name_rows(train_rows, rows)}.") from error
+            raise TrainingError(f"{error} {name_rows(train_rows, rows)}.") from error
     return _read_result(result, data, train, f"{storage}/{name}")
 
 
@@ -226,77 +207,6 @@ def _read_result(result: Any, data: Data, train: TrainConfig, folder: str) -> Tr
         selected_by=train.select_by,
         overfitting=overfitting(evaluations),
     )
-
-
-def read_rows(path: str) -> list[Conversation]:
-    """The conversations of a rows file.
-
-    Raises:
-        TrainingError: The file is not there, or is not a rows file.
-    """
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line)["messages"] for line in lines if line.strip()]
-    except FileNotFoundError:
-        raise TrainingError(f"{path}: no such rows file.") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise TrainingError(
-            f"{path}: is not a rows file ({error!r}); expected JSON lines with messages."
-        ) from error
-
-
-def _prepare(
-    train_rows: str, val_rows: str, student: StudentConfig, train: TrainConfig, run: RunDir
-) -> Data:
-    run.create()
-    conversations, held_out = read_rows(train_rows), read_rows(val_rows)
-    base = student.model
-    if base == SCRATCH:
-        if not run.exists(f"{_BASE}/{_SEAL}"):
-            with run.replacing(_BASE, seal=_SEAL) as folder:
-                make_scratch(
-                    folder,
-                    conversations,
-                    student.scratch,
-                    max_length=train.max_length,
-                    seed=train.seed,
-                    long_rows=train.long_rows,
-                )
-        base = run.join(_BASE)
-    with local_base(base) as source:
-        tokenizer = load_tokenizer(source)
-        longest = min(train.max_length, max_positions(source) or train.max_length)
-    splits = {"train": conversations, "val": held_out}
-    encoded = encode_once(run, splits, tokenizer, longest, train.long_rows)
-    (rows, long), (val, val_long) = encoded["train"], encoded["val"]
-    if not len(rows):
-        raise TrainingError(
-            f"{train_rows}: {len(conversations)} rows, none of at most {longest} tokens. "
-            "Raise train.max_length, use student.prompt=folded, or keep more traces."
-        )
-    long += val_long
-    if long.dropped or long.cut:
-        logger.warning("%d rows are longer than %d tokens.", long.dropped + long.cut, longest)
-    if train.packing:
-        rows = pack(rows, longest, train.seed)
-    return Data(train=rows, val=val, long=long, base=base)
-
-
-def _name_rows(path: str, rows: Sequence[int]) -> str:
-    """A few of the rows of a file, by what they were made of."""
-    with fsspec.open(path, "rt", encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
-    names = []
-    for row in rows[:_NAMED]:
-        found = json.loads(lines[row])
-        about = [
-            f"{what} {found[key]}"
-            for what, key in (("example", "example_id"), ("predictor", "predictor"))
-            if key in found
-        ]
-        names.append(f"row {row + 1}" + (f" ({', '.join(about)})" if about else ""))
-    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-    return f"{', '.join(names)}{more} of {path}"
 
 
 def _steps_per_epoch(data: Data, train: TrainConfig) -> int:

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from distill.training.events import Event
 from serve.errors import DistillError, TrainingError
 
-Event = dict[str, Any]
 T = TypeVar("T")
 
 _POLL_S = 0.5
@@ -63,7 +63,7 @@ class Progress:
         """Whether the driver wants training to stop."""
         return self._mailbox is not None and ray.get(self._mailbox.is_cancelled.remote())
 
-    def send(self, event: dict[str, Any], wait: bool = False) -> None:
+    def send(self, event: Event, wait: bool = False) -> None:
         """Send an event; with ``wait``, until it and all before it have arrived."""
         if self._mailbox is None:
             return

@@ -1,7 +1,8 @@
 """The learning rate over a run: linear warm-up, then constant, linear or cosine."""
 
 import math
-from typing import Literal
+
+from distill.config import SchedulerType
 
 
 def learning_rate_factor(
@@ -9,7 +10,7 @@ def learning_rate_factor(
     *,
     num_steps: int,
     warmup_ratio: float,
-    kind: Literal["constant", "linear", "cosine"],
+    kind: SchedulerType,
     warmup_steps: int | None = None,
 ) -> float:
     """What the learning rate is multiplied by in a step, in (0, 1].

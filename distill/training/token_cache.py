@@ -15,10 +15,11 @@ import numpy as np
 import tokenizers
 import transformers
 
+from distill.config import LongRows
 from distill.fingerprints import fingerprint
 from distill.rundir import RunDir
 from distill.training.batches import EncodedRows
-from distill.training.encoding import Conversation, LongCounts, LongRows, encode
+from distill.training.encoding import Conversation, LongCounts, encode
 from serve.files import local_folder
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill.rundir import RunDir
+from distill.training.events import Event
 from serve.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ _SCALARS = {
     },
     "train_eval": {"val_loss": "loss/val", "val_exact": "exact"},
 }
-
-Event = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ KNOBS = {
 }
 SIXTEEN_BITS = {
     f"{kind}-zero{stage}": {"bf16": False, kind: True, "zero_stage": stage, "learning_rate": 0.1}
-    for kind in ("bf16", "fp16")
-    for stage in (0, 2, 3)
+    for kind, stages in (("bf16", (0, 2, 3)), ("fp16", (1, 2, 3)))
+    for stage in stages
 } | {
     "bf16-lora3": {"bf16": True, "zero_stage": 3, "lora": LORA, "learning_rate": 0.1},
     "bf16-accumulation": {"bf16": True, "gradient_accumulation_steps": 4, "learning_rate": 0.1},

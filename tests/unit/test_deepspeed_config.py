@@ -85,6 +85,7 @@ def test_what_is_offloaded_may_be_told_more_of():
         ({"zero_stage": 0, "offload_optimizer": True}, "zero_stage 1, 2 or 3"),
         ({"zero_stage": 2, "offload_param": True}, "zero_stage=3"),
         ({"fp16": True, "bf16": True}, "fp16 and bf16"),
+        ({"fp16": True, "zero_stage": 0}, "zero_stage 1, 2 or 3"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings, named):
