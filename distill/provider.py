@@ -20,6 +20,7 @@ from dspy.clients.utils_finetune import TrainDataFormat
 from rich.console import Console
 
 from distill import cluster, preflight
+from distill.chats import check_chat
 from distill.config import ScratchConfig, StudentConfig, TrainConfig
 from distill.config_file import validated
 from distill.export import Profile
@@ -30,7 +31,7 @@ from distill.progress import ProgressReporter, open_events
 from distill.rows import Messages, Row, fold_row
 from distill.rundir import RunDir
 from distill.train_kwargs import TrainKwargs, parse_train_kwargs
-from distill.turns import is_trained, plain
+from distill.turns import plain
 from serve.dspy_lm import PROVIDER, model_name, register, student_of
 from serve.errors import ConfigurationError, TrainingError
 from serve.models import full_name
@@ -63,22 +64,18 @@ class TrainingRows(list[dict[str, Any]]):
         """Training data of any origin.
 
         Raises:
-            ConfigurationError: It is not what DSPy calls the chat format.
+            ConfigurationError: It is not what DSPy calls the chat format, or nothing can be
+                learned from a row.
         """
         if isinstance(data, cls):
             return data
         for number, row in enumerate(data):
-            messages = row.get("messages") if isinstance(row, Mapping) else None
-            if not messages or messages[-1].get("role") != "assistant":
+            if not isinstance(row, Mapping) or "messages" not in row:
                 raise ConfigurationError(
                     f"train_data[{number}]: expected {{'messages': [...]}} that end with the "
                     f"assistant's, found {str(row)[:200]}."
                 )
-            if not any(is_trained(message) for message in messages):
-                raise ConfigurationError(
-                    f"train_data[{number}]: every message of the assistant has weight 0, so "
-                    "there is nothing to learn from. Give one of them weight 1."
-                )
+            check_chat(f"train_data[{number}]", row["messages"], tools=True)
         return cls([Row(row["messages"], "", "", folded=False) for row in data])
 
 

@@ -62,7 +62,7 @@ def make_scratch(
         long_rows: What becomes of longer ones.
     """
     tokenizer = _learn_tokenizer(conversations, sizes.vocab_size)
-    rows, _ = encode(conversations, tokenizer, max_length, long_rows)
+    rows, _ = encode(conversations, tokenizer, max_length, long_rows, "train row")
     longest = int(rows.lengths.max(initial=0))
     config = LlamaConfig(
         **sizes.model_dump(exclude={"size", "dropout"}) | {"vocab_size": len(tokenizer)},
@@ -275,7 +275,9 @@ def _learn_tokenizer(
 def _texts(conversations: Iterable[Conversation]) -> Iterator[str]:
     for messages in conversations:
         for message in messages:
-            yield message["content"]
+            # What is no text gives no tokens; whether its row can be trained on says ``encode``.
+            if isinstance(content := message.get("content"), str):
+                yield content.encode(errors="replace").decode()
         # Counted in each row, the signs' bytes are joined before anything rarer, for sure.
         yield _SIGNS
 

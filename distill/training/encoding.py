@@ -8,6 +8,7 @@ The tokenizer comes from ``base_model``; batches are made in ``batches``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ def encode(
     tokenizer: Any,
     max_length: int,
     long_rows: LongRows = "drop",
+    where: str = "row",
 ) -> tuple[EncodedRows, LongCounts]:
     """Tokenise conversations through the tokenizer's chat template.
 
@@ -66,17 +68,19 @@ def encode(
         tokenizer: A fast Hugging Face tokenizer with a chat template.
         max_length: Most tokens of a row.
         long_rows: What becomes of longer ones.
+        where: What a conversation is called in errors; its number follows, from 1.
 
     Returns:
         The rows, in order, and what became of those over ``max_length``.
 
     Raises:
-        ConfigurationError: The template does not say what an answer is.
+        ConfigurationError: The template does not say what an answer is, or it or the tokenizer
+            does not take a conversation.
     """
     kept: list[_Tokens] = []
     sources: list[int] = []
     dropped = cut = 0
-    for source, (ids, mask) in _encode_each(conversations, tokenizer):
+    for source, (ids, mask) in _encode_each(conversations, tokenizer, where):
         if len(ids) <= max_length:
             kept.append((ids, mask))
             sources.append(source)
@@ -124,25 +128,19 @@ def end_of_turn_id(tokenizer: Any) -> int:
 
 
 def _encode_each(
-    conversations: Sequence[Conversation], tokenizer: Any
+    conversations: Sequence[Conversation], tokenizer: Any, where: str
 ) -> Iterator[tuple[int, _Tokens]]:
     """Each sequence, and which of the conversations it is of."""
     end = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
     for start in range(0, len(conversations), _TOKENISED_AT_ONCE):
         some = conversations[start : start + _TOKENISED_AT_ONCE]
-        found = [
-            (source, text)
-            for source, messages in enumerate(some, start=start)
-            for text in _texts(messages, tokenizer, end)
-        ]
+        found: list[tuple[int, _Text]] = []
+        for source, messages in enumerate(some, start=start):
+            with _naming(f"{where} {source + 1}"):
+                found += [(source, text) for text in _texts(messages, tokenizer, end)]
         if not found:
             continue
-        encoded = tokenizer(
-            [each.text for _, each in found],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        encoded = _tokenised(found, tokenizer, where)
         for (source, each), ids, offsets in zip(
             found, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
@@ -155,13 +153,46 @@ def _encode_each(
                 yield source, (tokens, _is_completion(spans, each))
 
 
+def _tokenised(found: Sequence[tuple[int, _Text]], tokenizer: Any, where: str) -> Any:
+    """What the tokenizer makes of all the texts, with where in them each token is."""
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    try:
+        return tokenizer([each.text for _, each in found], **options)
+    # Of which types a tokenizer's refusals are is up to it, and none says of which text it is.
+    except Exception:
+        for source, each in found:
+            with _naming(f"{where} {source + 1}"):
+                tokenizer(each.text, **options)
+        raise
+
+
+@contextmanager
+def _naming(row: str) -> Iterator[None]:
+    """Say of an error which row it is of, and what can be done.
+
+    Raises:
+        ConfigurationError: In the place of whatever was raised.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{row}: {error}") from error
+    # A template is a program of its own and raises what it likes.
+    except Exception as error:
+        raise ConfigurationError(
+            f"{row}: the model's chat template or tokenizer does not take it "
+            f"({type(error).__name__}: {error}). Leave the row out or change its messages as the "
+            "template expects them, or use another model."
+        ) from error
+
+
 def _texts(messages: Conversation, tokenizer: Any, end: str) -> list[_Text]:
     """The sequences that a conversation's turns are trained in: one, if the template lets them."""
     shown = plain(messages)
     found: list[_Text] = []
-    for index in reversed(range(len(messages))):
-        # Nothing asks for what opens a conversation, unless it is all there is.
-        if not is_trained(messages[index]) or (index == 0 and found):
+    # Nothing asks for what opens a conversation.
+    for index in reversed(range(1, len(messages))):
+        if not is_trained(messages[index]):
             continue
         prompt = _render(shown[:index], tokenizer, add_generation_prompt=True)
         whole = prompt + _answer(shown[: index + 1], prompt, tokenizer, end)
@@ -172,17 +203,30 @@ def _texts(messages: Conversation, tokenizer: Any, end: str) -> list[_Text]:
                 break
         else:
             found.append(_Text(whole, (span,)))
+    if not found and any(map(is_trained, messages[:1])):
+        raise ConfigurationError(
+            "the assistant's message comes first, so nothing asks for it. Put before it what it "
+            "answers, or leave the row out."
+        )
     return found[::-1]
 
 
 def _answer(messages: Conversation, prompt: str, tokenizer: Any, end: str) -> str:
     """What has to be generated for the last message, with what ends it."""
     if not messages[-1].get("tool_calls"):
-        return f"{messages[-1]['content']}{end}"
-    # Only the template knows how a call is written.
+        content = messages[-1].get("content")
+        if not isinstance(content, str):
+            raise ConfigurationError(
+                f"what the assistant says has to be text, found {type(content).__name__}. Write "
+                "it as text, or leave the row out."
+            )
+        return content + end
+    # Only the template knows how a call is written, if it writes any.
     whole = _render(messages, tokenizer)
+    silent = {"role": "assistant", "content": messages[-1].get("content") or ""}
     stop = whole.find(end, len(prompt))
-    if stop < 0 or not whole.startswith(prompt):
+    ends = stop >= 0 and whole.startswith(prompt)
+    if not ends or whole == _render([*messages[:-1], silent], tokenizer):
         raise ConfigurationError(
             "The model's chat template does not write a tool call as an answer that ends with "
             f"{end}; found {whole[-80:]!r}. Use another model, or rows without tool calls."

@@ -205,7 +205,7 @@ def _read_result(result: Any, data: Data, train: TrainConfig, folder: str) -> Tr
         evaluations=evaluations,
         candidates=candidates,
         selected_by=train.select_by,
-        overfitting=overfitting(evaluations),
+        overfitting=overfitting(evaluations, train.select_by, len(data.val)),
     )
 
 

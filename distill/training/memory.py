@@ -43,11 +43,14 @@ def _advice(student: StudentConfig, train: TrainConfig) -> str:
             f"lower train.per_device_train_batch_size={size}, and raise "
             f"train.gradient_accumulation_steps={steps} as much for steps of the same size",
         )
+    if train.packing:
+        advice.append("set train.packing=false for sequences no longer than a row")
     if not train.gradient_checkpointing:
         advice.append("set train.gradient_checkpointing=true")
     if train.zero_stage < 3:
         advice.append(f"raise train.zero_stage={train.zero_stage}, or train.num_workers")
-    if not train.offload_optimizer:
+    # Of what is not divided yet, nothing can be offloaded.
+    if train.zero_stage > 0 and not train.offload_optimizer:
         advice.append("set train.offload_optimizer=true")
     if train.zero_stage == 3 and not train.offload_param:
         advice.append("set train.offload_param=true")

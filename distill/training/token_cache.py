@@ -51,7 +51,7 @@ def encode_once(
     if kept is not None:
         return kept
     made = {
-        name: encode(conversations, tokenizer, max_length, long_rows)
+        name: encode(conversations, tokenizer, max_length, long_rows, f"{name} row")
         for name, conversations in splits.items()
     }
     with run.guarded(), run.replacing(_FOLDER, seal=_FILE) as folder:

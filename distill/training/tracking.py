@@ -7,26 +7,30 @@ of its own: a tool that is slow or fails is a warning, and nothing to the traini
 """
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 from distill.rundir import RunDir
 from distill.training.events import Event
-from serve.errors import ConfigurationError
+from serve.errors import ConfigurationError, TrainingCancelled
 
 logger = logging.getLogger(__name__)
 
 TENSORBOARD = "tensorboard"
 _EXPERIMENT = "raydistill"
-_CLOSE_S = 60.0
+# Who waits for an interrupted or failed training waits to see why, not for its curves.
+_CLOSE_S, _CLOSE_AT_ONCE_S = 60.0, 2.0
 _SCALARS = {
     "train_step": {
         "loss": "loss/train",
@@ -55,8 +59,20 @@ class Tracked:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+class End(StrEnum):
+    """How a training ended, in MLflow's words."""
+
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+    """It was told to stop."""
+
+
 class Tracker(Protocol):
-    """Takes scalars."""
+    """Takes scalars; what it need not do it does nothing for."""
+
+    def start_again(self, step: int) -> None:
+        """Training goes on from an earlier step than was noted, perhaps."""
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Note values after so many steps."""
@@ -64,7 +80,7 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """See that what was noted can be read elsewhere."""
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         """Note that there is no more to come."""
 
 
@@ -75,7 +91,9 @@ def check(report_to: Sequence[str]) -> None:
         ConfigurationError: One is not.
     """
     for name in report_to:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        # A mere folder of the name, as W&B makes one of its own, can be imported but is nothing.
+        if spec is None or spec.origin is None:
             raise ConfigurationError(
                 f"train.report_to={name}: the package {name} is not installed. Install it with "
                 f"pip install 'raydistill[{name}]', or leave {name} out."
@@ -104,37 +122,58 @@ def tracking(
     Yields:
         Takes an event, at once.
     """
-    waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-
-    def work() -> None:
-        # Made at the first event: a student that is there already has nothing to tell.
-        trackers: dict[str, Tracker] | None = None
-        while (event := waiting.get()) is not None:
-            if trackers is None:
-                trackers = {}
-                for name in (TENSORBOARD, *report_to):
-                    with _no_harm(name, trackers, on_trouble):
-                        trackers[name] = _TRACKERS[name](tracked, event["step"])
-            for name, tracker in list(trackers.items()):
-                with _no_harm(name, trackers, on_trouble):
-                    if found := scalars(event):
-                        tracker.log(found, event["step"])
-                    if event["event"] == "train_epoch":
-                        tracker.flush()
-        for name, tracker in list((trackers or {}).items()):
-            with _no_harm(name, {}, on_trouble):
-                tracker.close()
-
+    waiting: queue.SimpleQueue[Event | End] = queue.SimpleQueue()
     # A daemon: an interrupted run ends without waiting for a server that does not answer.
-    thread = threading.Thread(target=work, name="tracking", daemon=True)
+    thread = threading.Thread(
+        target=_work,
+        args=(waiting, tracked, (TENSORBOARD, *report_to), on_trouble),
+        name="tracking",
+        daemon=True,
+    )
     thread.start()
+    end = End.FINISHED
     try:
         yield waiting.put
+    except BaseException as error:
+        told_to = isinstance(error, TrainingCancelled) or not isinstance(error, Exception)
+        end = End.KILLED if told_to else End.FAILED
+        raise
     finally:
-        waiting.put(None)
-        thread.join(_CLOSE_S)
+        waiting.put(end)
+        thread.join(_CLOSE_S if end is End.FINISHED else _CLOSE_AT_ONCE_S)
         if thread.is_alive():
             on_trouble("The curves of this training are still under way to their tools.")
+
+
+def _work(
+    waiting: "queue.SimpleQueue[Event | End]",
+    tracked: Tracked,
+    names: Sequence[str],
+    on_trouble: Callable[[str], None],
+) -> None:
+    """Hand events to the tools until the training ends."""
+    # Made at the first event: a student that is there already has nothing to tell.
+    trackers: dict[str, Tracker] | None = None
+    while not isinstance(event := waiting.get(), End):
+        if trackers is None:
+            trackers = {}
+            for name in names:
+                with _no_harm(name, trackers, on_trouble):
+                    trackers[name] = _TRACKERS[name](tracked, event["step"])
+        elif event["event"] == "train_start":
+            for name, tracker in list(trackers.items()):
+                with _no_harm(name, trackers, on_trouble):
+                    tracker.start_again(event["step"])
+        for name, tracker in list(trackers.items()):
+            with _no_harm(name, trackers, on_trouble):
+                if found := scalars(event):
+                    tracker.log(found, event["step"])
+                # Each epoch ends with one.
+                if event["event"] == "train_eval":
+                    tracker.flush()
+    for name, tracker in list((trackers or {}).items()):
+        with _no_harm(name, {}, on_trouble):
+            tracker.close(event)
 
 
 @contextlib.contextmanager
@@ -151,7 +190,7 @@ def _no_harm(
         on_trouble(f"{name} is told no more: {type(error).__name__}: {reason}")
 
 
-class _TensorBoard:
+class _TensorBoard(Tracker):
     def __init__(self, tracked: Tracked, step: int) -> None:
         from tensorboardX import SummaryWriter
 
@@ -163,8 +202,17 @@ class _TensorBoard:
             self._temporary = tempfile.TemporaryDirectory(prefix="raydistill-")
             folder = Path(self._temporary.name)
         self._folder = folder
-        # What an interrupted run wrote of steps that are done again counts no more.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._make_writer = functools.partial(SummaryWriter, str(folder))
+        self._writer = self._written_from(step)
+
+    def _written_from(self, step: int) -> Any:
+        # What was written before of steps that are done again counts no more. The suffix keeps
+        # two files of one second apart.
+        return self._make_writer(purge_step=step + 1, filename_suffix=f".{time.time_ns()}")
+
+    def start_again(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._written_from(step)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
@@ -175,14 +223,14 @@ class _TensorBoard:
         if self._temporary:
             self._directory.put_files(self._folder, self._name)
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         self._writer.close()
         self.flush()
         if self._temporary:
             self._temporary.cleanup()
 
 
-class _MLflow:
+class _MLflow(Tracker):
     def __init__(self, tracked: Tracked, step: int) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
@@ -207,11 +255,8 @@ class _MLflow:
         for name, value in scalars.items():
             self._client.log_metric(self._run, name, value, step=step)
 
-    def flush(self) -> None:
-        return None
-
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    def close(self, end: End) -> None:
+        self._client.set_terminated(self._run, status=end.value)
 
 
 def _mlflow_experiment(client: Any) -> str:
@@ -220,7 +265,7 @@ def _mlflow_experiment(client: Any) -> str:
     return str(found.experiment_id if found else client.create_experiment(name))
 
 
-class _WandB:
+class _WandB(Tracker):
     def __init__(self, tracked: Tracked, step: int) -> None:
         import wandb
 
@@ -238,11 +283,8 @@ class _WandB:
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         self._run.log(dict(scalars), step=step)
 
-    def flush(self) -> None:
-        return None
-
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, end: End) -> None:
+        self._run.finish(exit_code=0 if end is End.FINISHED else 1)
         self._temporary.cleanup()
 
 

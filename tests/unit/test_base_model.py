@@ -89,6 +89,20 @@ def test_the_same_rows_and_seed_make_the_same_student(scratch, tmp_path):
             assert one.read() == other.read()
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "user", "content": "\ud800"},
+    ],
+)
+def test_a_row_that_a_scratch_student_cannot_learn_is_named(tmp_path, message):
+    rows = [*CONVERSATIONS, [conversation("a", "b")[0], message, *conversation("c", "d")]]
+    with pytest.raises(ConfigurationError, match=r"^train row 41: .*template or tokenizer"):
+        make_scratch(tmp_path, rows, SIZES, max_length=512, seed=0)
+
+
 def test_positions_leave_room_beyond_the_longest_row(scratch, tmp_path):
     assert max_positions(scratch) == 512
     long = [conversation("1" * 700, "yes")]

@@ -64,16 +64,43 @@ def test_the_metric_has_three_checkpoints_to_choose_from_unless_told_otherwise()
     assert num_kept(2, "metric") == 2
 
 
-def test_overfitting_names_the_best_epoch_and_what_to_do():
-    words = overfitting(course([0.5, 0.3, 0.4, 0.6], [1.0, 0.8, 0.5, 0.2]))
-    assert "lowest, 0.3, after epoch 2 (step 20)" in words
+FALLS = [1.0, 0.8, 0.5, 0.3, 0.2]
+
+
+def test_overfitting_names_the_best_epochs_and_what_to_do():
+    words = overfitting(course([0.5, 0.3, 0.4, 0.5, 0.6], FALLS, [0.5, 0.8, 0.81, 0.6, 0.55]))
+    assert "lowest, 0.3, after epoch 2 (step 20) and rose to 0.6" in words
+    assert "at most 81.0%, after epoch 3 (step 30), and are 55.0% at the end" in words
     assert "train.early_stopping_patience" in words
 
 
-def test_overfitting_says_where_exact_answers_still_rose():
-    words = overfitting(course([0.5, 0.3, 0.4, 0.6], [1.0, 0.8, 0.5, 0.2], [0.1, 0.5, 0.6, 0.7]))
-    assert "Exact answers still rose, from 50.0% to 70.0% after epoch 4" in words
-    assert "End earlier" not in words
+@pytest.mark.parametrize("select_by", ["exact", "metric"])
+@pytest.mark.parametrize(
+    ("val", "exact"),
+    [
+        ([0.31, 0.30, 0.32, 0.34, 0.36], [0.80, 0.84, 0.87, 0.88, 0.885]),
+        ([0.5, 0.0010, 0.0012, 0.0013, 0.0015], [0.9, 1, 1, 1, 1]),
+        ([0.5, 0.3, 0.4, 0.5, 0.6], [0.5, 0.80, 0.76, 0.70, 0.73]),
+    ],
+    ids=["ever more exact", "solved", "chance"],
+)
+def test_a_rising_loss_alone_is_no_overfitting_where_exact_answers_decide(val, exact, select_by):
+    assert overfitting(course(val, FALLS, exact), select_by) is None
+
+
+def test_of_many_rows_a_small_fall_is_no_chance():
+    found = course([0.5, 0.3, 0.4, 0.5, 0.6], FALLS, [0.5, 0.80, 0.76, 0.70, 0.73])
+    assert overfitting(found, val_rows=1000)
+
+
+def test_by_loss_a_rise_of_the_loss_is_overfitting_unless_it_is_tiny():
+    exact = [0.80, 0.84, 0.87, 0.88, 0.885]
+    assert overfitting(course([0.31, 0.30, 0.32, 0.34, 0.36], FALLS, exact), "loss")
+    assert overfitting(course([0.5, 0.0010, 0.0012, 0.0013, 0.0015], FALLS, exact), "loss") is None
+
+
+def test_the_loss_decides_where_no_answer_is_exact():
+    assert overfitting(course([0.5, 0.3, 0.4, 0.5, 0.6], FALLS, [0.0] * 5))
 
 
 @pytest.mark.parametrize(
@@ -88,4 +115,4 @@ def test_overfitting_says_where_exact_answers_still_rose():
     ids=["falls", "noise", "diverges", "short", "no validation"],
 )
 def test_other_courses_are_not_overfitting(val, train):
-    assert overfitting(course(val, train)) is None
+    assert overfitting(course(val, train), "loss") is None

@@ -151,6 +151,41 @@ def test_a_tool_call_that_the_template_does_not_end_is_refused():
         trained([user("a"), assistant("", tool_calls=[call])], template)
 
 
+def test_a_tool_call_that_the_template_leaves_out_is_refused():
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    with pytest.raises(ConfigurationError, match="does not write a tool call"):
+        trained([user("a"), assistant("", tool_calls=[call])], PLAIN)
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + PLAIN
+)
+CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "said"),
+    [
+        ([user("a"), user("a"), assistant("b")], ALTERNATING, "roles must alternate"),
+        ([user("a"), {"role": "assistant", "tool_calls": [CALL]}], CHAT_TEMPLATE, "template"),
+        ([user("a"), {"role": "tool"}, assistant("b")], CHAT_TEMPLATE, "template"),
+        ([user([{"type": "text"}]), assistant("b")], CHAT_TEMPLATE, "TypeError"),
+        ([user("a"), assistant([{"type": "text"}])], PLAIN, "has to be text, found list"),
+        ([user("a"), assistant(None)], PLAIN, "has to be text, found NoneType"),
+        ([user("a"), {"role": "assistant"}], PLAIN, "has to be text, found NoneType"),
+        ([assistant("b")], PLAIN, "nothing asks for it"),
+        ([assistant("b"), user("a"), assistant("c", weight=0)], PLAIN, "nothing asks for it"),
+        ([user("\ud800"), assistant("b")], PLAIN, "tokenizer does not take it"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_on_is_refused_by_its_number(messages, template, said):
+    tokenizer = make_tokenizer(template)
+    good = [user("a"), assistant("b")]
+    with pytest.raises(ConfigurationError, match=f"^val row 3: .*{said}"):
+        encode([good, good, messages], tokenizer, 500, where="val row")
+
+
 texts = st.text(st.sampled_from("ab <>|\n é"), max_size=6)
 
 

@@ -1,5 +1,7 @@
 """What is said when training runs out of memory."""
 
+import re
+
 import pytest
 import torch
 from ray.exceptions import OutOfMemoryError
@@ -45,3 +47,16 @@ def test_every_knob_that_saves_memory_is_named_until_it_is_used():
     said = out_of_memory(GPU, StudentConfig(model="org/model", lora=LoraConfig()), used)
     for knob in ("checkpointing", "zero_stage", "offload", "lora"):
         assert knob not in said
+
+
+def test_packing_is_named_where_it_is_on():
+    said = [out_of_memory(GPU, StudentConfig(), TrainConfig(packing=on)) for on in (False, True)]
+    assert ["train.packing=false" in each for each in said] == [False, True]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_advised_can_be_set(stage):
+    said = out_of_memory(GPU, StudentConfig(), TrainConfig(zero_stage=stage))
+    knobs = re.findall(r"set train\.(\w+)=true", said)
+    assert ("offload_optimizer" in knobs) == (stage > 0)
+    TrainConfig(zero_stage=stage, **dict.fromkeys(knobs, True))
