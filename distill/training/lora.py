@@ -4,7 +4,6 @@ Owns how adapters are put on, and how they come off again: merged into the weigh
 model, and apart, in peft's own format. peft is optional, and imported where it is needed.
 """
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from distill.config import LoraConfig
+from distill.extras import require
 from serve.errors import ConfigurationError
 
 ADAPTER_FOLDER = "adapter"
@@ -28,11 +28,7 @@ def check_installed() -> None:
     Raises:
         ConfigurationError: It is not.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ConfigurationError(
-            "student.lora needs the package peft, which is not installed. Install it on every "
-            "node with pip install 'raydistill[lora]', or leave student.lora out."
-        )
+    require("peft", "student.lora", "lora")
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> Any:

@@ -8,7 +8,6 @@ of its own: a tool that is slow or fails is a warning, and nothing to the traini
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import queue
@@ -21,9 +20,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from distill.extras import require
 from distill.rundir import RunDir
 from distill.training.events import Event
-from serve.errors import ConfigurationError, TrainingCancelled
+from serve.errors import TrainingCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +91,7 @@ def check(report_to: Sequence[str]) -> None:
         ConfigurationError: One is not.
     """
     for name in report_to:
-        spec = importlib.util.find_spec(name)
-        # A mere folder of the name, as W&B makes one of its own, can be imported but is nothing.
-        if spec is None or spec.origin is None:
-            raise ConfigurationError(
-                f"train.report_to={name}: the package {name} is not installed. Install it with "
-                f"pip install 'raydistill[{name}]', or leave {name} out."
-            )
+        require(name, f"train.report_to={name}", name)
 
 
 def scalars(event: Event) -> dict[str, float]:
