@@ -157,7 +157,7 @@ def test_a_folder_of_a_tools_name_is_not_its_package(tmp_path, monkeypatch, name
     (tmp_path / name).mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(ConfigurationError, match=f"the package {name} is not installed"):
+    with pytest.raises(ConfigurationError, match=f"the package {name}, which is not installed"):
         check([name])
 
 
