@@ -7,6 +7,7 @@ safetensors are read and no code from a model's directory is run.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from distill.config import SCRATCH, ScratchConfig
 from distill.training.encoding import Conversation, LongRows, encode, end_of_turn_id
@@ -186,11 +188,17 @@ def max_positions(model: str) -> int | None:
 
 
 def load_model(
-    model: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    model: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, flash: bool = False
 ) -> PreTrainedModel:
     """A model's weights, all of them, on the CPU.
 
     Its generation settings stop at the tokenizer's end of turn.
+
+    Args:
+        model: Hugging Face directory or id.
+        tokenizer: The model's.
+        dtype: Of the weights.
+        flash: Use FlashAttention-2 where it is installed and the model can be computed with it.
 
     Raises:
         TrainingError: It has no safetensors, or they lack weights that the model has.
@@ -202,6 +210,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_attention(model) if flash else {},
         )
     except (OSError, ValueError) as error:
         raise TrainingError(f"student.model={model} cannot be loaded: {error}") from error
@@ -215,6 +224,14 @@ def load_model(
         loaded.resize_token_embeddings(len(tokenizer))
     _set_stop_tokens(loaded, tokenizer)
     return loaded
+
+
+def _attention(model: str) -> dict[str, str]:
+    """How to load a model to have FlashAttention-2, if it can be had."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    can = is_flash_attn_2_available() and kind._supports_flash_attn
+    return {"attn_implementation": "flash_attention_2"} if can else {}
 
 
 def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

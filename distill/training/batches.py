@@ -161,6 +161,17 @@ class Batch:
         first = int(counted[0]) if len(counted) else 1
         return self.weights.shape[1] - first + 1
 
+    def as_one_sequence(self) -> "Batch":
+        """The same packed rows end to end, as [1, B * T]: they begin anew there as well."""
+        if self.position_ids is None:
+            raise ValueError("single rows are known apart by their mask, not by their positions")
+        return Batch(
+            self.input_ids.reshape(1, -1),
+            None,
+            self.weights.reshape(1, -1),
+            self.position_ids.reshape(1, -1),
+        )
+
 
 def plan_epoch(
     lengths: Sequence[int] | NDArray[np.int64],

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -66,7 +67,9 @@ def start_engine(
     )
     if needs_compiler(config):
         _check_compiler()
-    model: Any = load_model(base, tokenizer, _data_type(config))
+    dtype = _data_type(config)
+    flash = train.packing and use_gpu and dtype != torch.float32
+    model: Any = load_model(base, tokenizer, dtype, flash=flash)
     add_dropout(model, dropout)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,14 +122,12 @@ def check_packing(engine: Any) -> None:
     Raises:
         TrainingError: It does not.
     """
-    ids = torch.arange(5, 21)
+    ids, positions = np.arange(5, 21), np.tile(np.arange(8), (2, 2))
+    ids = np.stack([ids, np.roll(ids, 8)])
+    batch = _fitted_to(engine, Batch(ids, None, np.ones(ids.shape, np.float32), positions))
     engine.eval()
     try:
-        logits = engine(
-            input_ids=torch.stack([ids, ids.roll(8)]).to(engine.device),
-            position_ids=torch.arange(8).repeat(2, 2).to(engine.device),
-            use_cache=False,
-        ).logits
+        logits = _logits(engine, batch, num_last=0).view(*ids.shape, -1)
     except TypeError as error:
         raise TrainingError(_not_apart(str(error))) from error
     # The same rows in the other order: what has seen another row differs by more than rounding.
@@ -148,23 +149,40 @@ def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
     Only positions whose prediction counts are projected on the vocabulary: with long
     prompts that count nothing, that is where most of the work would be.
     """
-    device = engine.device
-    input_ids = torch.from_numpy(batch.input_ids).to(device)
+    batch = _fitted_to(engine, batch)
+    logits = _logits(engine, batch, batch.num_logits)[:, :-1]
+    targets, weights = (
+        torch.from_numpy(array[:, -logits.shape[1] :]).to(engine.device)
+        for array in (batch.input_ids, batch.weights)
+    )
+    return logits, targets, weights
+
+
+def _logits(engine: Any, batch: Batch, num_last: int) -> torch.Tensor:
+    """[B, T, V] of so many last positions; 0 is all of them."""
     # Without a mask, models keep apart the rows whose positions begin anew.
-    apart = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    logits = engine(
-        input_ids=input_ids,
-        logits_to_keep=batch.num_logits,
-        use_cache=False,
-        **{
-            name: torch.from_numpy(array).to(device)
-            for name, array in apart.items()
-            if array is not None
-        },
-    ).logits[:, :-1]
-    num_targets = logits.shape[1]
-    weights = torch.from_numpy(batch.weights[:, -num_targets:]).to(device)
-    return logits, input_ids[:, -num_targets:], weights
+    arrays = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+    }
+    given = {
+        name: torch.from_numpy(array).to(engine.device)
+        for name, array in arrays.items()
+        if array is not None
+    }
+    return engine(**given, logits_to_keep=num_last, use_cache=False).logits
+
+
+def _fitted_to(engine: Any, batch: Batch) -> Batch:
+    """The batch in the shape in which the model's attention keeps packed rows apart.
+
+    Flash attention looks for rows in a batch of one sequence only. Others would pay for that:
+    they make a mask of the square of its length.
+    """
+    attention = getattr(engine, "module", engine).config._attn_implementation
+    is_flash = str(attention).startswith("flash_attention")
+    return batch.as_one_sequence() if is_flash and batch.position_ids is not None else batch
 
 
 def add_dropout(model: torch.nn.Module, rate: float) -> None:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
@@ -14,8 +16,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from distill.training.batches import EncodedRows, collate
+from distill.training.batches import Batch, EncodedRows, collate
 from distill.training.engine import check_packing, weighted_loss_sum
 from distill.training.packing import pack
 from serve.errors import TrainingError
@@ -54,11 +57,11 @@ def make_rows(shapes=((3, 4), (9, 6), (1, 1), (12, 2), (2, 9), (5, 5), (1, 3))):
     )
 
 
-def loss_and_gradients(model, rows, micro_batches):
+def loss_and_gradients(model, rows, micro_batches, shape=lambda batch: batch):
     model.zero_grad()
     total = torch.zeros(())
     for indices in micro_batches:
-        loss = weighted_loss_sum(model, collate(rows, indices, 0.3, pad_id=0))
+        loss = weighted_loss_sum(model, shape(collate(rows, indices, 0.3, pad_id=0)))
         loss.backward()
         total += loss.detach()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -85,6 +88,62 @@ def test_packed_padded_and_single_rows_give_the_same_loss_and_gradients(name):
         torch.testing.assert_close(loss, expected_loss)
         for parameter, gradient in expected.items():
             torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "qwen2, sliding"])
+def test_a_micro_batch_as_one_sequence_gives_the_same_loss_and_gradients(name, attention):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[name], dtype=torch.float32, attn_implementation=attention
+    )
+    packed = pack(make_rows(), max_length=25)
+    everything = [range(len(packed))]
+    expected_loss, expected = loss_and_gradients(model, packed, everything)
+    loss, gradients = loss_and_gradients(model, packed, everything, Batch.as_one_sequence)
+    torch.testing.assert_close(loss, expected_loss)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-5)
+
+
+def attend_as_flash_does(module, query, key, value, attention_mask, **kwargs):
+    """Rows are looked for in the positions, and only in those of a batch of one."""
+    positions = kwargs["position_ids"]
+    rows = (positions == 0).cumsum(-1)
+    apart = rows[:, :, None] == rows[:, None, :]
+    seen = torch.ones_like(apart) if len(query) > 1 else apart
+    mask = seen.tril()[:, None].expand(len(query), -1, -1, -1)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """The name of an attention that sees what FlashAttention sees, but on a CPU."""
+    name = "flash_attention_on_cpu"
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, attend_as_flash_does)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, lambda **_: None)
+    return name
+
+
+def test_flash_attention_keeps_the_rows_of_a_micro_batch_apart(flash):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.float32)
+    packed = pack(make_rows(), max_length=25)
+    everything = [range(len(packed))]
+    expected_loss, expected = loss_and_gradients(model, packed, everything)
+    model.config._attn_implementation = flash
+    check_packing(model)
+    loss, gradients = loss_and_gradients(model, packed, everything)
+    torch.testing.assert_close(loss, expected_loss)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-5)
+    # As it would be were they not end to end.
+    batch = collate(packed, everything[0], 0.3, pad_id=0)
+    ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids)
+    leaking = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    model.config._attn_implementation = "sdpa"
+    right = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert (leaking - right).abs().max() > 1e-3
 
 
 def test_a_row_does_not_see_the_others_of_its_sequence():
