@@ -47,7 +47,13 @@ def never():
 
 
 def run(
-    folder, student=SCRATCH, on_event=lambda event: None, name="run", cancelled=never, **settings
+    folder,
+    student=SCRATCH,
+    on_event=lambda event: None,
+    name="run",
+    cancelled=never,
+    on_wait=print,
+    **settings,
 ):
     defaults = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "logging_steps": 2}
     return train(
@@ -59,6 +65,7 @@ def run(
         name=name,
         on_event=on_event,
         cancelled=cancelled,
+        on_wait=on_wait,
     )
 
 
