@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distill.training.batches import Batch, Step
-from distill.training.engine import weighted_loss_sum
+from distill.training.engine import weighted_losses
 from serve.errors import TrainingDiverged, TrainingError
 
 _SKIPPED_AT_MOST = 50
@@ -99,7 +99,7 @@ def _explain_step(
     # As often on each rank: under ZeRO-3 the forward pass is a collective operation.
     for place in range(max(map(len, ranks))):
         row = mine[place : place + 1]
-        if not torch.isfinite(weighted_loss_sum(engine, make_batch(row))):
+        if not torch.isfinite(weighted_losses(engine, make_batch(row)).sum()):
             found += row
     of_ranks: list[list[int]] = [[] for _ in ranks]
     dist.all_gather_object(of_ranks, found)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distill.config import TrainConfig
 from distill.training.batches import Batch, EncodedRows, Step, collate, derive_seed, plan_epoch
 from distill.training.divergence import check_loss, scaled_to_nothing
-from distill.training.engine import validate_batch, weighted_loss_sum
+from distill.training.engine import validate_batch, weighted_losses
 
 
 class RankSteps:
@@ -55,7 +55,7 @@ class RankSteps:
         self.learning_rate = self._engine.get_lr()[0]
         total = torch.zeros((), device=self._engine.device)
         for indices in step.micro_batches[self._rank]:
-            loss = weighted_loss_sum(self._engine, self.batch(indices))
+            loss = weighted_losses(self._engine, self.batch(indices)).sum()
             self._engine.backward(loss * scale)
             self._update()
             total += loss.detach()
