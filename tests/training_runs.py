@@ -85,3 +85,18 @@ def run_out_of_memory(config):
 
     LlamaModel.forward = failing
     return train_loop_per_worker(config)
+
+
+def lose_a_gradient(config):
+    """The training loop of workers whose third batch has a loss, but an infinite gradient."""
+    batches = iter(range(1, 100))
+    forward = LlamaModel.forward
+
+    def losing(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if next(batches) == 3:
+            output.last_hidden_state.register_hook(lambda gradient: gradient * torch.inf)
+        return output
+
+    LlamaModel.forward = losing
+    return train_loop_per_worker(config)

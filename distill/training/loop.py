@@ -80,7 +80,7 @@ class Training:
             check_packing(self.engine)
         pad_id = self.tokenizer.pad_token_id
         self.steps = RankSteps(self.engine, rows, train, config["prompt_weight"], pad_id)
-        self.watch = Watch(self.engine, self.steps.batch)
+        self.watch = Watch(self.engine)
 
     def run(self) -> None:
         """Train what is left."""
@@ -109,9 +109,9 @@ class Training:
         started, done = time.monotonic(), len(position.losses)
         steps = plan[done : done + self.timetable.steps_to_pause(position)]
         first, last = position.step + 1, position.step + len(steps)
-        parts = [self.steps.take(step, number) for number, step in enumerate(steps, start=first)]
-        losses = self._agree(parts, last)
-        self.watch.check(losses, steps, first)
+        taken = [self.steps.take(step, number) for number, step in enumerate(steps, start=first)]
+        losses = self._agree([each.loss for each in taken], last)
+        self.watch.check(losses, taken, first)
         seconds = time.monotonic() - started
         position = position.after_steps(losses, seconds)
         self.progress.send(
@@ -141,6 +141,8 @@ class Training:
 
     def _save(self, position: Position, evaluated: bool) -> None:
         what = self.timetable.saves(position, evaluated)
+        if what is not None:
+            self.watch.check_weights(position.step)
         if what == "state":
             save_step(self.engine, position)
         elif what == "student":
