@@ -47,7 +47,13 @@ def never():
 
 
 def run(
-    folder, student=SCRATCH, on_event=lambda event: None, name="run", cancelled=never, **settings
+    folder,
+    student=SCRATCH,
+    on_event=lambda event: None,
+    name="run",
+    cancelled=never,
+    on_wait=print,
+    **settings,
 ):
     defaults = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "logging_steps": 2}
     return train(
@@ -59,6 +65,7 @@ def run(
         name=name,
         on_event=on_event,
         cancelled=cancelled,
+        on_wait=on_wait,
     )
 
 
@@ -77,4 +84,19 @@ def run_out_of_memory(config):
         return forward(*args, **kwargs)
 
     LlamaModel.forward = failing
+    return train_loop_per_worker(config)
+
+
+def lose_a_gradient(config):
+    """The training loop of workers whose third batch has a loss, but an infinite gradient."""
+    batches = iter(range(1, 100))
+    forward = LlamaModel.forward
+
+    def losing(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if next(batches) == 3:
+            output.last_hidden_state.register_hook(lambda gradient: gradient * torch.inf)
+        return output
+
+    LlamaModel.forward = losing
     return train_loop_per_worker(config)

@@ -154,12 +154,14 @@ class Batch:
     weights: NDArray[np.float32]
     position_ids: NDArray[np.int64] | None = None
 
-    @property
-    def num_logits(self) -> int:
-        """How many last positions hold all that is needed to score what counts."""
-        counted = np.flatnonzero(self.weights.any(axis=0))
-        first = int(counted[0]) if len(counted) else 1
-        return self.weights.shape[1] - first + 1
+    @cached_property
+    def predicting(self) -> NDArray[np.bool_]:
+        """bool[B, T], the positions whose next token counts; the first where none does."""
+        predicting = np.zeros(self.weights.shape, dtype=np.bool_)
+        predicting[:, :-1] = self.weights[:, 1:] != 0
+        if not predicting.any():
+            predicting[0, 0] = True
+        return predicting
 
     def as_one_sequence(self) -> "Batch":
         """The same packed rows end to end, as [1, B * T]: they begin anew there as well."""

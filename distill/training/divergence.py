@@ -3,16 +3,16 @@
 Runs in a Ray Train worker. When it is asked for is for ``loop``.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
-from distill.training.batches import Batch, Step
-from distill.training.engine import weighted_loss_sum
 from serve.errors import TrainingDiverged, TrainingError
 
 _SKIPPED_AT_MOST = 50
@@ -25,43 +25,83 @@ _REMEDY = (
 )
 
 
+@dataclass(frozen=True)
+class TakenStep:
+    """What a rank knows of a step it has taken.
+
+    Attributes:
+        loss: Its part of the step's loss.
+        losses: float32[N] of each micro batch, as ``weighted_losses`` gives them.
+        rows: int64[N] of each, the row that each of these is of.
+        skipped: Whether the weights stayed as they were, since a gradient was not finite.
+    """
+
+    loss: torch.Tensor
+    losses: tuple[torch.Tensor, ...]
+    rows: tuple[NDArray[np.int64], ...]
+    skipped: bool
+
+    def bad_rows(self) -> list[int]:
+        """The rows whose loss is not finite."""
+        return sorted(
+            {
+                int(row)
+                for rows, losses in zip(self.rows, self.losses, strict=True)
+                for row in rows[~torch.isfinite(losses).cpu().numpy()]
+            }
+        )
+
+
 class Watch:
-    """Sees that a training's losses and gradients are numbers. Every rank has one.
+    """Sees that a training's losses, gradients and weights are numbers. Every rank has one.
 
     Args:
         engine: The DeepSpeed engine.
-        make_batch: Makes the batch of some rows, or of none.
     """
 
-    def __init__(self, engine: Any, make_batch: Callable[[Sequence[int]], Batch]) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._make_batch = make_batch
-        self._skipped = self._skipped_in_a_row = 0
+        self._skipped_in_a_row = 0
 
-    def check(self, losses: Sequence[float], steps: Sequence[Step], first: int) -> None:
+    def check(self, losses: Sequence[float], taken: Sequence[TakenStep], first: int) -> None:
         """Look at some steps just taken.
 
         Args:
             losses: Of each, summed over ranks.
-            steps: Those.
+            taken: What this rank knows of each.
             first: Number of the first.
 
         Raises:
             TrainingError: On all ranks, where a loss is no number, or a gradient was none.
         """
-        for number, (loss, step) in enumerate(zip(losses, steps, strict=True), start=first):
+        for number, (loss, step) in enumerate(zip(losses, taken, strict=True), start=first):
             if not math.isfinite(loss):
-                raise _explain_step(self._engine, step, self._make_batch, number, loss)
-        skipped = self._engine.skipped_steps - self._skipped
-        self._skipped = self._engine.skipped_steps
-        if skipped and not self._engine.fp16_enabled():
-            # DeepSpeed passes over such steps in silence; only fp16 is meant to have some.
-            last = first + len(steps) - 1
-            raise TrainingError(_diverged(f"a gradient of steps {first} to {last}", "infinite"))
-        all_skipped = skipped == len(losses)
-        self._skipped_in_a_row = self._skipped_in_a_row + skipped if all_skipped else 0
-        if self._skipped_in_a_row > _SKIPPED_AT_MOST:
-            raise scaled_to_nothing()
+                raise _explain_step(step, number, loss)
+            if step.skipped and not self._engine.fp16_enabled():
+                # DeepSpeed passes over such steps in silence; only fp16 is meant to have some.
+                raise TrainingError(_diverged(f"a gradient of step {number}", "infinite"))
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
+            if self._skipped_in_a_row > _SKIPPED_AT_MOST:
+                raise scaled_to_nothing()
+
+    @torch.no_grad()
+    def check_weights(self, step: int) -> None:
+        """See that all weights are numbers: what is saved, training has to go on from.
+
+        Args:
+            step: Optimizer steps done.
+
+        Raises:
+            TrainingError: On all ranks, where they are not. Without ZeRO nothing keeps a
+                gradient that is none from the weights.
+        """
+        # Under ZeRO-3 a parameter is empty but for its part.
+        weights = [getattr(p, "ds_tensor", p) for p in self._engine.module.parameters()]
+        finite = torch.stack([torch.isfinite(w).all().to(self._engine.device) for w in weights])
+        bad = (~finite).any().float()
+        dist.all_reduce(bad)
+        if bad:
+            raise TrainingError(_diverged(f"a weight after step {step}", "nan or infinite"))
 
 
 def check_loss(loss: float, name: str) -> float:
@@ -80,36 +120,30 @@ def _diverged(name: str, found: str) -> str:
     return f"Training diverged: {name} is {found}, expected a finite number. {_REMEDY}"
 
 
-@torch.no_grad()
-def _explain_step(
-    engine: Any, step: Step, make_batch: Callable[[Sequence[int]], Batch], number: int, loss: float
-) -> TrainingError:
+def _explain_step(step: TakenStep, number: int, loss: float) -> TrainingError:
     """Why the loss of a step is not finite. Every rank calls it, and gets the same.
 
     Args:
-        engine: The DeepSpeed engine, with the weights that it has now.
-        step: The step's rows, which are each tried alone.
-        make_batch: Makes the batch of some rows, or of none.
+        step: What this rank knows of it.
         number: The step's.
-        loss: The step's.
+        loss: The step's, summed over ranks.
     """
-    engine.eval()
-    ranks = [[row for micro in micros for row in micro] for micros in step.micro_batches]
-    mine, found = ranks[dist.get_rank()], []
-    # As often on each rank: under ZeRO-3 the forward pass is a collective operation.
-    for place in range(max(map(len, ranks))):
-        row = mine[place : place + 1]
-        if not torch.isfinite(weighted_loss_sum(engine, make_batch(row))):
-            found += row
-    of_ranks: list[list[int]] = [[] for _ in ranks]
-    dist.all_gather_object(of_ranks, found)
-    rows, total = sorted(itertools.chain.from_iterable(of_ranks)), sum(map(len, ranks))
+    mine = {int(row) for rows in step.rows for row in rows}
+    of_ranks: list[tuple[list[int], int]] = [([], 0)] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (step.bad_rows(), len(mine - {-1})))
+    rows = sorted(row for bad, _ in of_ranks for row in bad if row >= 0)
+    total = sum(num_rows for _, num_rows in of_ranks)
     message = _diverged(f"the loss of step {number}", str(loss))
     if len(rows) == total > 1:
         return TrainingError(f"{message} It is so for each of its rows: the weights have diverged.")
     if not rows:
         return TrainingError(f"{message} It is none of its {total} rows alone.")
-    return TrainingDiverged(f"{message} It is so for {len(rows)} of its {total} rows:", rows)
+    return TrainingDiverged(
+        f"Training diverged: the loss of step {number} is {loss}, expected a finite number, for "
+        f"{len(rows)} of its {total} rows. Leave them out, if it is the same rows in each attempt. "
+        f"If not: {_REMEDY} The rows are",
+        rows,
+    )
 
 
 def scaled_to_nothing() -> TrainingError:

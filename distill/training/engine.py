@@ -91,11 +91,10 @@ def start_engine(
     return engine
 
 
-def weighted_loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
-    """Sum over tokens of weight times cross entropy, a scalar of float32."""
+def weighted_losses(engine: Any, batch: Batch) -> torch.Tensor:
+    """float32[N], weight times cross entropy of each of ``batch.predicting``, in its order."""
     logits, targets, weights = _predict(engine, batch)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum()
+    return F.cross_entropy(logits.float(), targets, reduction="none") * weights
 
 
 def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
@@ -105,11 +104,16 @@ def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
     right ones before it, so one forward pass tells.
     """
     logits, targets, weights = _predict(engine, batch)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    losses = F.cross_entropy(logits.float(), targets, reduction="none") * weights
+    rows = torch.from_numpy(batch.predicting.nonzero()[0]).to(engine.device)
     counts = weights > 0
     wrong = counts & (logits.argmax(-1) != targets)
-    exact = counts.any(dim=1) & ~wrong.any(dim=1)
-    return torch.stack([(losses * weights.flatten()).sum(), exact.sum().float()])
+    counted, missed = (
+        torch.zeros(len(batch.weights), device=engine.device).index_add(0, rows, each.float())
+        for each in (counts, wrong)
+    )
+    exact = (counted > 0) & (missed == 0)
+    return torch.stack([losses.sum(), exact.sum().float()])
 
 
 @torch.no_grad()
@@ -127,7 +131,7 @@ def check_packing(engine: Any) -> None:
     batch = _fitted_to(engine, Batch(ids, None, np.ones(ids.shape, np.float32), positions))
     engine.eval()
     try:
-        logits = _logits(engine, batch, num_last=0).view(*ids.shape, -1)
+        logits = _logits(engine, batch, keep=0).view(*ids.shape, -1)
     except TypeError as error:
         raise TrainingError(_not_apart(str(error))) from error
     # The same rows in the other order: what has seen another row differs by more than rounding.
@@ -144,22 +148,23 @@ def _not_apart(found: str) -> str:
 
 
 def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [B, T, V], targets int64[B, T] and weights float32[B, T] of the last positions.
+    """Logits [N, V], targets int64[N] and weights float32[N] of ``batch.predicting``.
 
-    Only positions whose prediction counts are projected on the vocabulary: with long
-    prompts that count nothing, that is where most of the work would be.
+    Only these positions are projected on the vocabulary: where prompts are long and count
+    nothing, the others would be most of the work, and of the memory.
     """
-    batch = _fitted_to(engine, batch)
-    logits = _logits(engine, batch, batch.num_logits)[:, :-1]
+    predicting = batch.predicting
     targets, weights = (
-        torch.from_numpy(array[:, -logits.shape[1] :]).to(engine.device)
+        torch.from_numpy(array[:, 1:][predicting[:, :-1]]).to(engine.device)
         for array in (batch.input_ids, batch.weights)
     )
-    return logits, targets, weights
+    fitted = _fitted_to(engine, batch)
+    keep = predicting.reshape(fitted.weights.shape)
+    return _logits(engine, fitted, torch.from_numpy(keep).to(engine.device)), targets, weights
 
 
-def _logits(engine: Any, batch: Batch, num_last: int) -> torch.Tensor:
-    """[B, T, V] of so many last positions; 0 is all of them."""
+def _logits(engine: Any, batch: Batch, keep: torch.Tensor | int) -> torch.Tensor:
+    """[N, V] of the positions kept, bool[B, T]; 0 is all of them, [B, T, V]."""
     # Without a mask, models keep apart the rows whose positions begin anew.
     arrays = {
         "input_ids": batch.input_ids,
@@ -171,7 +176,7 @@ def _logits(engine: Any, batch: Batch, num_last: int) -> torch.Tensor:
         for name, array in arrays.items()
         if array is not None
     }
-    return engine(**given, logits_to_keep=num_last, use_cache=False).logits
+    return engine(**given, logits_to_keep=keep, use_cache=False).logits
 
 
 def _fitted_to(engine: Any, batch: Batch) -> Batch:

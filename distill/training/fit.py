@@ -1,11 +1,14 @@
 """Runs the training workers through Ray Train, as the driver sees it.
 
-Owns what the workers are given, where they run, and what is said when they fail. What they
-are to learn from is made in ``data``, what one of them does is in ``loop``.
+Owns what the workers are given, where they run, and that others are started in the place of
+those that are lost; whether that is of use is for ``failures``. What they are to learn from is
+made in ``data``, what one of them does is in ``loop``.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,12 +22,14 @@ from distill.training.choice import num_kept
 from distill.training.data import Data
 from distill.training.deepspeed_config import check_precision
 from distill.training.events import Event
+from distill.training.failures import MOST_FAILURES, explain, is_final, is_for_want_of_room
 from distill.training.loop import train_loop_per_worker
 from distill.training.mailbox import run_with_events
-from distill.training.memory import is_out_of_memory, out_of_memory
 from distill.training.resources import cpus_per_worker
 from distill.training.room import my_turn, num_jobs, wait_for_room
-from serve.errors import DistillError, TrainingError
+from serve.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -46,22 +51,57 @@ def fit(
         TrainingError: Training failed.
         TrainingCancelled: ``cancelled`` said so.
     """
-    check_precision(train, _use_gpu(train))
-    try:
-        with ExitStack() as turn:
-            turn.enter_context(my_turn(cancelled))
-            worker = _worker_resources(train)
-            wait_for_room([worker] * train.num_workers, cancelled, on_wait)
-            start = _starter(data, student, train, worker, storage, name)
-            result = run_with_events(start, on_event, cancelled, on_start=turn.close)
-    except TrainingFailedError as error:
-        raise TrainingError(_explain(error, student, train)) from error
-    failure = result.return_value
-    if failure is not None and is_out_of_memory(failure):
-        raise TrainingError(out_of_memory(failure, student, train)) from failure
-    if failure is not None:
-        raise failure
+    use_gpu = _use_gpu(train)
+    check_precision(train, use_gpu)
+    attempt = partial(
+        _attempt,
+        data,
+        student,
+        train,
+        use_gpu,
+        storage=storage,
+        name=name,
+        on_event=on_event,
+        cancelled=cancelled,
+        on_wait=on_wait,
+    )
+    failures, had_room = 0, False
+    while True:
+        try:
+            result = attempt(had_room=had_room)
+            break
+        except TrainingFailedError as error:
+            failures += not is_for_want_of_room(error)
+            had_room = True
+            said = explain(error, student, train)
+            if failures > MOST_FAILURES or is_final(error):
+                raise TrainingError(said) from error
+            logger.warning("Training goes on from its last checkpoint after a failure: %s", said)
+    if result.return_value is not None:
+        raise result.return_value
     return result
+
+
+def _attempt(
+    data: Data,
+    student: StudentConfig,
+    train: TrainConfig,
+    use_gpu: bool,
+    *,
+    storage: str,
+    name: str,
+    on_event: Callable[[Event], None],
+    cancelled: Callable[[], bool],
+    on_wait: Callable[[str], None],
+    had_room: bool,
+) -> ray.train.Result:
+    """Wait for room, and run the workers once, from the last checkpoint on."""
+    with ExitStack() as turn:
+        turn.enter_context(my_turn(cancelled))
+        worker = _worker_resources(train, use_gpu)
+        wait_for_room([worker] * train.num_workers, cancelled, on_wait, had_room)
+        start = _starter(data, student, train, worker, storage, name)
+        return run_with_events(start, on_event, cancelled, on_start=turn.close)
 
 
 def _starter(
@@ -107,7 +147,10 @@ def _run_config(storage: str, name: str, train: TrainConfig, use_gpu: bool) -> r
     return ray.train.RunConfig(
         storage_path=storage,
         name=name,
-        failure_config=ray.train.FailureConfig(max_failures=2),
+        # Ray Train would ask for room again, and that could be neither explained nor cancelled.
+        failure_config=ray.train.FailureConfig(
+            max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+        ),
         checkpoint_config=ray.train.CheckpointConfig(
             num_to_keep=num_kept(train.save_total_limit, train.select_by),
             checkpoint_score_attribute=SCORE,
@@ -142,25 +185,9 @@ def _use_gpu(train: TrainConfig) -> bool:
     return ray.cluster_resources().get("GPU", 0) >= train.num_workers
 
 
-def _worker_resources(train: TrainConfig) -> dict[str, float]:
+def _worker_resources(train: TrainConfig, use_gpu: bool) -> dict[str, float]:
     """What a worker takes; the CPUs are divided among all jobs that want to train now."""
-    if _use_gpu(train):
+    if use_gpu:
         return {"CPU": 1, "GPU": 1}
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return {"CPU": cpus_per_worker(nodes, train.num_workers * num_jobs())}
-
-
-def _explain(error: TrainingFailedError, student: StudentConfig, train: TrainConfig) -> str:
-    """The message of the failure at the root."""
-    failures = dict(getattr(error, "worker_failures", {}))
-    causes = [failures[rank] for rank in sorted(failures)]
-    causes += [error.controller_failure] if hasattr(error, "controller_failure") else []
-    # A rank that loses its partner fails as well; these are where it began.
-    ours = [c for c in causes if isinstance(c, DistillError) or is_out_of_memory(c)]
-    cause: BaseException = next(iter(ours or causes), error)
-    while isinstance(inner := getattr(cause, "cause", None), BaseException):
-        cause = inner
-    message = str(cause).strip() or repr(cause)
-    if is_out_of_memory(cause):
-        return out_of_memory(cause, student, train)
-    return message if isinstance(cause, DistillError) else f"{type(cause).__name__}: {message}"

@@ -140,7 +140,8 @@ def train(
         cancelled: Asked in this thread, about twice a second, whether to stop. The workers
             then stop at their next logging step; what was saved before is kept, so that the
             same call goes on from there. A job that ends first is not cancelled any more.
-        on_wait: Told once why the workers cannot start yet, where they have to wait.
+        on_wait: Told why the workers cannot start yet, where they have to wait; again where
+            others have to start in their place.
 
     Raises:
         ConfigurationError: The student model cannot be used, or the cluster is too small.

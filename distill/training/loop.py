@@ -23,11 +23,10 @@ from distill.training.divergence import Watch
 from distill.training.engine import check_packing, start_engine
 from distill.training.events import Events
 from distill.training.mailbox import Progress
-from distill.training.memory import is_out_of_memory
 from distill.training.position import Position
 from distill.training.steps import RankSteps
 from distill.training.timetable import Timetable
-from serve.errors import DistillError, TrainingCancelled, TrainingError
+from serve.errors import DistillError, TrainingCancelled
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> DistillError | None:
@@ -43,19 +42,11 @@ def train_loop_per_worker(config: dict[str, Any]) -> DistillError | None:
         Why training ended early, where it must not be tried again; else None.
     """
     torch.set_num_threads(config["num_threads"])
-    mailbox = config["mailbox"]
-    if (failure := ray.get(mailbox.failure.remote())) is not None:
-        return failure
     try:
         Training(config).run()
     except DistillError as error:
-        # Returned, since Ray Train would run a loop that raises again, to the same end.
+        # Returned, as what is raised may be tried again, and this would come to the same end.
         return error
-    except Exception as error:
-        if is_out_of_memory(error):
-            # Of one rank alone: raised, it ends the others, which wait for it.
-            ray.get(mailbox.fail.remote(TrainingError(f"{type(error).__name__}: {error}")))
-        raise
     return None
 
 
@@ -89,7 +80,7 @@ class Training:
             check_packing(self.engine)
         pad_id = self.tokenizer.pad_token_id
         self.steps = RankSteps(self.engine, rows, train, config["prompt_weight"], pad_id)
-        self.watch = Watch(self.engine, self.steps.batch)
+        self.watch = Watch(self.engine)
 
     def run(self) -> None:
         """Train what is left."""
@@ -118,9 +109,9 @@ class Training:
         started, done = time.monotonic(), len(position.losses)
         steps = plan[done : done + self.timetable.steps_to_pause(position)]
         first, last = position.step + 1, position.step + len(steps)
-        parts = [self.steps.take(step, number) for number, step in enumerate(steps, start=first)]
-        losses = self._agree(parts, last)
-        self.watch.check(losses, steps, first)
+        taken = [self.steps.take(step, number) for number, step in enumerate(steps, start=first)]
+        losses = self._agree([each.loss for each in taken], last)
+        self.watch.check(losses, taken, first)
         seconds = time.monotonic() - started
         position = position.after_steps(losses, seconds)
         self.progress.send(
@@ -150,6 +141,8 @@ class Training:
 
     def _save(self, position: Position, evaluated: bool) -> None:
         what = self.timetable.saves(position, evaluated)
+        if what is not None:
+            self.watch.check_weights(position.step)
         if what == "state":
             save_step(self.engine, position)
         elif what == "student":

@@ -1,7 +1,4 @@
-"""Progress events on their way from a worker to the driver, and word to stop on its way back.
-
-Word to stop may also come from a worker that failed in vain, to those started in its place.
-"""
+"""Progress events on their way from a worker to the driver, and word to stop on its way back."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distill.training.events import Event
-from serve.errors import DistillError, TrainingError
+from serve.errors import TrainingError
 
 T = TypeVar("T")
 
@@ -25,7 +22,6 @@ class Mailbox:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._cancelled = False
-        self._failure: DistillError | None = None
 
     def put(self, event: Event) -> None:
         """Add an event."""
@@ -43,14 +39,6 @@ class Mailbox:
     def is_cancelled(self) -> bool:
         """Whether the workers are to stop."""
         return self._cancelled
-
-    def fail(self, failure: DistillError) -> None:
-        """Note what would end every other attempt as well."""
-        self._failure = failure
-
-    def failure(self) -> DistillError | None:
-        """What ended an attempt, if another would end the same."""
-        return self._failure
 
 
 class Progress:

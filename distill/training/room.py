@@ -66,7 +66,10 @@ def my_turn(cancelled: Callable[[], bool]) -> Iterator[None]:
 
 
 def wait_for_room(
-    bundles: Sequence[Amounts], cancelled: Callable[[], bool], on_wait: Callable[[str], None]
+    bundles: Sequence[Amounts],
+    cancelled: Callable[[], bool],
+    on_wait: Callable[[str], None],
+    had_room: bool = False,
 ) -> None:
     """Return when the cluster has this much to spare; scaling it up is asked for.
 
@@ -74,12 +77,15 @@ def wait_for_room(
         bundles: What each worker needs, such as ``{"CPU": 1}``.
         cancelled: Asked meanwhile.
         on_wait: Told once what is waited for, after ten seconds.
+        had_room: The cluster has held them before. Where it is too small by now, it has lost
+            a node, and another is waited for.
 
     Raises:
-        ConfigurationError: All of the cluster is too little, and nothing could make it grow.
+        ConfigurationError: All of the cluster is too little, and always was, and nothing could
+            make it grow.
         TrainingCancelled: ``cancelled`` said so first.
     """
-    if not _may_grow() and not fits(bundles, _totals()):
+    if not had_room and not _may_grow() and not fits(bundles, _totals()):
         raise ConfigurationError(too_large(bundles, _totals()))
     asked = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
     start, said = time.monotonic(), False
@@ -139,9 +145,11 @@ def waiting(
     )
     if others:
         words += f" Taken by {', '.join(others)}."
-    return words + (
-        " The cluster was asked to grow." if may_grow else " It starts as soon as that is free."
-    )
+    if may_grow:
+        return f"{words} The cluster was asked to grow."
+    if not fits(bundles, totals):
+        return f"{words} It has to have more nodes for that."
+    return f"{words} It starts as soon as that is free."
 
 
 def _each(bundles: Sequence[Amounts]) -> str:
@@ -199,4 +207,4 @@ def _may_grow() -> bool:
 
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
-        raise TrainingCancelled("Training was cancelled before its workers had started.")
+        raise TrainingCancelled("Training was cancelled while its workers waited for room.")

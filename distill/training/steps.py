@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from distill.config import TrainConfig
 from distill.training.batches import Batch, EncodedRows, Step, collate, derive_seed, plan_epoch
-from distill.training.divergence import check_loss, scaled_to_nothing
-from distill.training.engine import validate_batch, weighted_loss_sum
+from distill.training.divergence import TakenStep, check_loss, scaled_to_nothing
+from distill.training.engine import validate_batch, weighted_losses
 
 
 class RankSteps:
@@ -45,21 +46,33 @@ class RankSteps:
         accumulation = self._train.gradient_accumulation_steps
         return self._plan(self._rows, self._prompt_weight, epoch, accumulation)
 
-    def take(self, step: Step, number: int) -> torch.Tensor:
-        """Train on one step; returns this rank's part of its loss."""
+    def take(self, step: Step, number: int) -> TakenStep:
+        """Train on one step."""
         # Each rank's own, and the same whether or not the run was interrupted before.
         torch.manual_seed(derive_seed(self._train.seed, number, self._rank))
         # DeepSpeed averages over ranks and micro batches, where the loss of a step is one
         # mean over the tokens of all of them.
         scale = self._world_size * self._train.gradient_accumulation_steps / step.loss_weight
         self.learning_rate = self._engine.get_lr()[0]
+        skipped = self._engine.skipped_steps
         total = torch.zeros((), device=self._engine.device)
+        losses, rows = [], []
         for indices in step.micro_batches[self._rank]:
-            loss = weighted_loss_sum(self._engine, self.batch(indices))
+            batch = self.batch(indices)
+            token_losses = weighted_losses(self._engine, batch)
+            loss = token_losses.sum()
             self._engine.backward(loss * scale)
             self._update()
             total += loss.detach()
-        return total / step.loss_weight
+            losses.append(token_losses.detach())
+            # Of an empty batch's one position, which counts nothing, there is no row.
+            rows.append(np.array([*indices, -1])[batch.predicting.nonzero()[0]])
+        return TakenStep(
+            loss=total / step.loss_weight,
+            losses=tuple(losses),
+            rows=tuple(rows),
+            skipped=self._engine.skipped_steps > skipped,
+        )
 
     def agree(self, losses: Sequence[torch.Tensor], stop: bool) -> tuple[list[float], bool]:
         """Losses summed over ranks, and whether any rank has been told to stop."""

@@ -12,7 +12,7 @@ from distill.config import ScratchConfig, StudentConfig
 from distill.training.base_model import load_model, load_tokenizer, make_scratch
 from distill.training.batches import collate
 from distill.training.encoding import encode
-from distill.training.engine import check_packing, weighted_loss_sum
+from distill.training.engine import check_packing, weighted_losses
 from distill.training.packing import pack
 from tests.training_runs import SIZES, row, run, write_rows
 
@@ -114,7 +114,7 @@ def learn(model, rows, micro_batches):
     model.zero_grad()
     total = torch.zeros((), device=model.device)
     for indices in micro_batches:
-        loss = weighted_loss_sum(model, collate(rows, indices, 0.3, pad_id=0))
+        loss = weighted_losses(model, collate(rows, indices, 0.3, pad_id=0)).sum()
         loss.backward()
         total += loss.detach()
     return total, torch.cat([p.grad.flatten().float() for p in model.parameters()])

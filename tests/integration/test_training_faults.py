@@ -13,12 +13,12 @@ from distill.training import fit
 from distill.training.base_model import make_scratch
 from distill.training.encoding import encode
 from serve.errors import TrainingError
-from tests.training_runs import SIZES, row, run, run_out_of_memory, write_rows
+from tests.training_runs import SIZES, lose_a_gradient, row, run, run_out_of_memory, write_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
-@pytest.mark.parametrize(("zero_stage", "num_workers"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize(("zero_stage", "num_workers"), [(0, 2), (2, 1), (3, 2)])
 def test_a_loss_that_is_no_number_names_the_step_and_the_rows_at_fault(
     tmp_path, zero_stage, num_workers
 ):
@@ -36,6 +36,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_rows_at_fault(
             zero_stage=zero_stage,
             num_workers=num_workers,
             max_length=200,
+            logging_steps=10,
         )
     said = str(caught.value)
     assert "loss of step" in said
@@ -72,6 +73,28 @@ def test_weights_that_diverged_are_said_to_have(tmp_path):
             zero_stage=0,
             num_workers=1,
         )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_no_weights_are_saved_that_are_no_numbers(tmp_path, monkeypatch, zero_stage):
+    write_rows(tmp_path)
+    settings = {
+        "bf16": False,
+        "zero_stage": zero_stage,
+        "num_workers": 1,
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 10,
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(fit, "train_loop_per_worker", lose_a_gradient)
+        with pytest.raises(TrainingError, match=r"a (weight after|gradient of) step 3"):
+            run(tmp_path, **settings)
+    events = []
+    result = run(tmp_path, on_event=events.append, **settings)
+    assert events[0]["step"] == 2
+    assert np.isfinite(result.train_loss)
 
 
 def test_missing_memory_names_the_knobs_and_is_not_trained_into_again(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_job_that_waits_for_room_can_be_cancelled_and_asks_for_nothing_any_mor
     ray.get(taken.ready())
     answers = iter([False, False, True])
     try:
-        with pytest.raises(TrainingCancelled, match="before its workers"):
+        with pytest.raises(TrainingCancelled, match="waited for room"):
             run(tmp_path, cancelled=lambda: next(answers))
     finally:
         remove_placement_group(taken)

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill.training.batches import Batch, EncodedRows, collate
-from distill.training.engine import check_packing, weighted_loss_sum
+from distill.training.engine import check_packing, weighted_losses
 from distill.training.packing import pack
 from serve.errors import TrainingError
 
@@ -61,7 +61,7 @@ def loss_and_gradients(model, rows, micro_batches, shape=lambda batch: batch):
     model.zero_grad()
     total = torch.zeros(())
     for indices in micro_batches:
-        loss = weighted_loss_sum(model, shape(collate(rows, indices, 0.3, pad_id=0)))
+        loss = weighted_losses(model, shape(collate(rows, indices, 0.3, pad_id=0))).sum()
         loss.backward()
         total += loss.detach()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -88,6 +88,34 @@ def test_packed_padded_and_single_rows_give_the_same_loss_and_gradients(name):
         torch.testing.assert_close(loss, expected_loss)
         for parameter, gradient in expected.items():
             torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.3])
+def test_only_positions_whose_prediction_counts_are_projected(name, prompt_weight):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    projected = []
+    model.lm_head.register_forward_hook(lambda _, given, out: projected.append(out.numel() // 64))
+    for rows in (make_rows(), pack(make_rows(), max_length=25)):
+        batch = collate(rows, range(len(rows)), prompt_weight, pad_id=0)
+        losses = weighted_losses(model, batch)
+        assert projected.pop() == len(losses) == (batch.weights > 0).sum()
+        logits = model(
+            **{
+                key: torch.from_numpy(array)
+                for key, array in vars(batch).items()
+                if array is not None and key in ("input_ids", "attention_mask", "position_ids")
+            },
+            use_cache=False,
+        ).logits
+        projected.clear()
+        expected = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1),
+            torch.from_numpy(batch.input_ids[:, 1:].flatten()),
+            reduction="none",
+        ) * torch.from_numpy(batch.weights[:, 1:].flatten())
+        torch.testing.assert_close(losses.sum(), expected.sum())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

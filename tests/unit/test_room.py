@@ -28,3 +28,4 @@ def test_a_waiting_job_says_what_is_free_of_how_much_and_who_has_the_rest():
         " Taken by another job (6 CPU). It starts as soon as that is free."
     )
     assert "asked to grow" in waiting(WORKERS, {}, nodes, [], may_grow=True)
+    assert "more nodes" in waiting(WORKERS, {}, {"a": {"CPU": 2}}, [], may_grow=False)
