@@ -376,7 +376,8 @@ def test_the_optimizer_takes_samples_keep_hints_and_imports(tmp_path):
             return {key: job["lm"] for key, job in finetune_dict.items()}
 
     log = tmp_path / "log.jsonl"
-    log.write_text(json.dumps({"messages": [{"role": "assistant", "content": "hello"}]}))
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    log.write_text(json.dumps({"messages": chat}))
     teacher = MoodTeacher()
     with serve_in_background(teacher) as server:
         lm = dspy.LM("openai/stand-in", api_base=server.api_base, cache=False, num_retries=0)
