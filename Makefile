@@ -1,6 +1,6 @@
 # Every target installs first when needed: on a fresh clone, `make demo` or `make test` is enough.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-cluster test-compat lint format bench dist clean
+.PHONY: help install demo test test-unit test-cluster test-gpu test-compat lint format bench dist clean
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
@@ -36,6 +36,9 @@ test-unit: $(INSTALLED)  ## unit tests only: seconds
 
 test-cluster: $(INSTALLED)  ## several Ray nodes on this machine, that join and are killed: minutes
 	$(BIN)/python -m pytest tests/cluster
+
+test-gpu: $(INSTALLED)  ## what needs an NVIDIA GPU; skipped where there is none
+	$(BIN)/python -m pytest tests/gpu
 
 test-compat: $(COMPAT_INSTALLED)  ## what touches DSPy, tested on the oldest one supported
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(COMPAT)/bin/python -m pytest -m dspy tests/unit tests/integration

@@ -12,10 +12,11 @@ from typing import Any
 import dspy
 from dspy.teleprompt.bootstrap_finetune import prepare_teacher
 
-from distill import imports
-from distill.config import ScratchConfig, TraceConfig
+from distill import imports, open_teacher
+from distill.config import SCRATCH, ScratchConfig, TraceConfig
 from distill.config_file import validated
 from distill.programs import check_inputs
+from serve.dspy_lm import model_name
 from serve.errors import ConfigurationError
 from serve.programs import Setup, check_setup
 
@@ -134,3 +135,24 @@ def structural(student: dspy.Module, teacher: dspy.Module | None) -> dspy.Module
         return prepare_teacher(student, teacher)
     except AssertionError as error:
         raise ConfigurationError(f"teacher: does not fit the student: {error}.") from None
+
+
+def find_teacher_lm(program: dspy.Module) -> Any:
+    """The LM of a teacher's predictors that have none; it and theirs can teach."""
+    without = [name for name, predictor in program.named_predictors() if predictor.lm is None]
+    lm = dspy.settings.lm or (None if without else program.predictors()[0].lm)
+    if lm is None:
+        raise ConfigurationError(
+            f"The teacher's predictors {', '.join(without)} have no LM to ask. Configure one with "
+            "dspy.configure(lm=...), or give the teacher its own with teacher.set_lm(lm)."
+        )
+    open_teacher.check_elsewhere("The teacher's LM", lm)
+    open_teacher.check_none_inside(program)
+    for asked in (lm, *(predictor.lm for predictor in program.predictors())):
+        if asked is not None and asked.model == model_name(SCRATCH):
+            raise ConfigurationError(
+                f"The teacher's LM is {asked.model}, which is not trained yet, so it has nothing "
+                "to teach. Give compile a teacher= whose LM is, or leave the predictors' LMs to "
+                'the teacher and name the student with student_model="scratch".'
+            )
+    return lm

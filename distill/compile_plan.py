@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import dspy
 from dspy.clients.lm_local import LocalProvider
 
-from distill import open_teacher, preflight, unpicklable
+from distill import preflight, unpicklable
 from distill.compile_checks import (
     MAX_FAILURE_RATE,
     Settings,
@@ -18,6 +18,7 @@ from distill.compile_checks import (
     check_imports,
     check_metric,
     check_program,
+    find_teacher_lm,
     structural,
 )
 from distill.config import SCRATCH, TraceConfig
@@ -169,22 +170,7 @@ def make_plan(
 
 
 def _make_teacher(program: dspy.Module, optimizer: Optimizer) -> Teacher:
-    without = [name for name, predictor in program.named_predictors() if predictor.lm is None]
-    lm = dspy.settings.lm or (None if without else program.predictors()[0].lm)
-    if lm is None:
-        raise ConfigurationError(
-            f"The teacher's predictors {', '.join(without)} have no LM to ask. Configure one with "
-            "dspy.configure(lm=...), or give the teacher its own with teacher.set_lm(lm)."
-        )
-    open_teacher.check_elsewhere("The teacher's LM", lm)
-    open_teacher.check_none_inside(program)
-    for asked in (lm, *(predictor.lm for predictor in program.predictors())):
-        if asked is not None and asked.model == model_name(SCRATCH):
-            raise ConfigurationError(
-                f"The teacher's LM is {asked.model}, which is not trained yet, so it has nothing "
-                "to teach. Give compile a teacher= whose LM is, or leave the predictors' LMs to "
-                'the teacher and name the student with student_model="scratch".'
-            )
+    lm = find_teacher_lm(program)
     task = _make_task(program, optimizer)
     task.dumps()
     fresh = lm.copy()

@@ -172,8 +172,10 @@ def _explain(error: Any, section: type[Section], name_key: Callable[[Sequence[st
 def _suggest(key: str, known: Sequence[str]) -> str:
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"did you mean {near[0]}?"
+
     # An abbreviation is far from every key, but farthest from those that are not meant.
-    far = difflib.get_close_matches(key, known, n=1, cutoff=0.25)
+    initials = [name for name in known if key == "".join(part[:1] for part in name.split("_"))]
+    far = initials or difflib.get_close_matches(key, known, n=1, cutoff=0.25)
     guess = f"did you mean {far[0]}? " if far else ""
     return f"{guess}Known keys: {', '.join(known)}."
 

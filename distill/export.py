@@ -140,6 +140,8 @@ def write_student(
     base_model: str,
     result: "TrainingResult",
     identity: str,
+    provenance: Mapping[str, Any],
+    packages: Sequence[str] = (),
 ) -> None:
     """Write a student directory; it takes the place of an older one only when it is whole.
 
@@ -150,15 +152,21 @@ def write_student(
         base_model: What it was trained from.
         result: ``result.model_dir`` is copied.
         identity: What names the student.
+        provenance: See ``provenance``.
+        packages: What it was made with besides the packages that make every student.
     """
-    metrics = ("train_loss", "val_loss", "val_exact")
+    metrics = {name: getattr(result, name) for name in ("train_loss", "val_loss", "val_exact")}
+    dev_score = result.candidates[0].metric if result.candidates else None
+    if dev_score is not None:
+        metrics["dev_score"] = dev_score
     manifest = Manifest(
         **profile.to_json(),
         base_model=base_model,
         max_new_tokens=result.max_new_tokens,
-        metrics={name: getattr(result, name) for name in metrics},
+        metrics=metrics,
         fingerprints={"student": identity},
-        versions=summary.versions(),
+        versions=summary.versions(*packages),
+        provenance=dict(provenance),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     with (

@@ -12,14 +12,14 @@ from typing import Any
 
 import fsspec
 
+from distill.chats import check_chat
 from distill.datasets import canonical_json
 from distill.fingerprints import fingerprint
 from distill.rows import Row, RowCounts, fold_row
 from distill.tracing.trace import Trace
+from distill.turns import WEIGHT
 from serve.errors import ConfigurationError
 from serve.folding import Folding
-
-ROLES = ("system", "developer", "user", "assistant")
 
 
 def check(files: Sequence[str]) -> None:
@@ -95,24 +95,12 @@ def _record(where: str, line: str) -> Row | Trace | None:
 
 
 def _chat(where: str, messages: Any) -> Row:
-    if not isinstance(messages, list) or not messages:
-        raise ConfigurationError(f"{where}: messages: expected a list of at least one message.")
-    for index, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise ConfigurationError(
-                f"{where}: messages[{index}]: expected a role of {', '.join(ROLES)}, "
-                f"found {role!r}."
-            )
-        if not isinstance(message.get("content"), str):
-            raise ConfigurationError(
-                f"{where}: messages[{index}].content: expected text, found "
-                f"{type(message.get('content')).__name__}. Only text can be learned from."
-            )
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise ConfigurationError(
-            f"{where}: the last message must be what the assistant says, and not be empty."
-        )
-    # What else a log says of a message, as a name or a weight, is not part of the prompt.
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return Row(plain, "", fingerprint(canonical_json(plain)), folded=False)
+    check_chat(where, messages)
+    known = [_known(message) for message in messages]
+    return Row(known, "", fingerprint(canonical_json(known)), folded=False)
+
+
+def _known(message: dict[str, Any]) -> dict[str, Any]:
+    """What counts of a message; what else a log says of it, as a name, is not in the prompt."""
+    known = {"role": message["role"], "content": message["content"]}
+    return known if message.get(WEIGHT) != 0 else {**known, WEIGHT: 0}

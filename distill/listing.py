@@ -14,11 +14,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distill import compile_record, pipeline, preflight
+from distill import compile_record, preflight
 from distill.config import RunConfig
 from distill.config_file import validated
 from distill.progress import ProgressReporter
 from distill.rundir import RunDir
+from distill.runs import Run, teacher_job
 from distill.selection import verdicts
 from distill.tracing.store import TraceStore
 from distill.tracing.trace import Trace
@@ -71,9 +72,9 @@ def judged_traces(directory: RunDir, progress: ProgressReporter) -> Iterator[Jud
         config = validated(RunConfig, record, directory.join("config.json"))
         task, train, dev = preflight.load_traced(config)
         inputs = preflight.Inputs(task, train, dev, test=(), folding=None)
-        run = pipeline.Run(config, inputs, directory, progress)
+        run = Run(config, inputs, directory, progress)
         has_metric, bounds = task.metric is not None, config.trace
-        traces = pipeline.teacher_job(run).traces()
+        traces = teacher_job(run).traces()
     else:
         compiled = compile_record.read(directory)
         has_metric, bounds = compiled.has_metric, compiled.trace

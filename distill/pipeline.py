@@ -18,45 +18,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import dspy
-
-from distill import cluster, export, imports, open_teacher, preflight, summary
+from distill import cluster, export, imports, preflight, summary
 from distill.config import SCRATCH, RunConfig
 from distill.datasets import count_leaks, example_id
-from distill.evaluation.evaluate import (
-    for_student,
-    run_arm,
-    student_lm,
-    teacher_lm,
-)
-from distill.evaluation.report import ExampleResult, build_report, render_html
+from distill.evaluation.evaluate import run_arm
+from distill.evaluation.report import ExampleResult, build_report, render_html, summarise_arm
 from distill.finetune import FineTuning, fine_tune
 from distill.fingerprints import fingerprint
-from distill.preflight import Inputs
-from distill.programs import Task, program_fingerprint
+from distill.programs import program_fingerprint
 from distill.progress import ProgressReporter
 from distill.rows import Row, RowCounts, predictor_prompts, stream_rows
 from distill.rundir import RunDir
+from distill.runs import Run, student_job, teacher_job
 from distill.selection import Selection
-from distill.tracing.actor import LmSpec
 from distill.tracing.collect import collect
-from distill.tracing.collection import Collection
-from distill.tracing.conductor import CallSettings
-from distill.tracing.limits import Limits
-from distill.tracing.store import TraceStore
 from serve import temporary
-from serve.cluster import capacity
 from serve.errors import TracingError, TrainingError
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: what it was told, what it starts from, where it leaves things."""
-
-    config: RunConfig
-    inputs: Inputs
-    directory: RunDir
-    progress: ProgressReporter
 
 
 @dataclass(frozen=True)
@@ -171,12 +148,14 @@ def evaluate(run: Run, rows: Rows) -> dict[str, Any]:
             f"{directory.join('student')}: is not the student of these traces and this "
             "configuration. Run raydistill train first."
         )
+    training = summary.training_section(directory.read_json(f"{export.STUDENT}/{export.TRAINING}"))
+    spent_usd = rows.spent_usd + sum(
+        candidate["cost_usd"] for candidate in training.get("candidates", ())
+    )
     report = build_report(
-        arms=_run_arms(run, job.identity(), rows.spent_usd),
+        arms=_run_arms(run, job.identity(), spent_usd),
         tracing=rows.tracing,
-        training=summary.training_section(
-            directory.read_json(f"{export.STUDENT}/{export.TRAINING}")
-        ),
+        training=training,
         leakage={"test_in_train": count_leaks([*inputs.train, *inputs.dev], inputs.test)},
         run=summary.run_section(directory, config),
         folding=rows.folding,
@@ -212,7 +191,26 @@ def _fine_tuning(run: Run, rows: Rows) -> FineTuning:
         profile=profile,
         directory=run.directory,
         folder=export.STUDENT,
+        score=functools.partial(_score_students, run, rows.spent_usd),
     )
+
+
+def _score_students(
+    run: Run, spent_usd: float, students: Sequence[tuple[str, str]]
+) -> list[tuple[float, float]]:
+    """What the program scores on the dev set with each of these students, and its cost in USD."""
+    scores = []
+    for number, (model, identity) in enumerate(students, start=1):
+        job = student_job(run, model, identity, spent_usd, run.inputs.dev)
+        job = dataclasses.replace(job, stage=f"score {number}/{len(students)}")
+        spending = job.spending()
+        with run.progress.stage(job.stage) as stage:
+            results = run_arm(job, summary.show_tracing(stage), spending)
+            score = summarise_arm(results, has_metric=True)["score"]
+            stage.update(len(results), len(results), f"metric {score:.3f}")
+        scores.append((score, spending.cost_usd))
+        spent_usd += spending.cost_usd
+    return scores
 
 
 def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[ExampleResult] | None]:
@@ -225,7 +223,7 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
         if name == "teacher":
             job = teacher_job(run, run.inputs.test, spent_usd)
         elif name in models:
-            job = _student_job(run, *models[name], spent_usd)
+            job = student_job(run, *models[name], spent_usd, run.inputs.test)
         else:
             arms[name] = None
             continue
@@ -235,56 +233,3 @@ def _run_arms(run: Run, identity: str, spent_usd: float) -> dict[str, list[Examp
             arms[name] = run_arm(job, summary.show_tracing(stage), spending)
         spent_usd += spending.cost_usd
     return arms
-
-
-def _student_job(run: Run, model: str, identity: Any, spent_usd: float) -> Collection:
-    config = run.config
-    num_gpus = 1 if preflight.use_gpu(config.train) else 0
-    lm = student_lm(model, identity, num_gpus, teacher_lm(config.teacher.lm))
-    # Its own calls cost nothing, and may fail; its metric's are a teacher's.
-    limits = dataclasses.replace(Limits.of(config.trace, spent_usd), max_failure_rate=1.0)
-    return _job(run, for_student(run.inputs.task), lm, run.inputs.test, limits)
-
-
-def teacher_job(
-    run: Run, examples: Sequence[dspy.Example] | None = None, spent_usd: float = 0.0
-) -> Collection:
-    """The teacher's part: over the examples to learn from, or once over others.
-
-    Args:
-        run: The run.
-        examples: None is those to train and to validate on, with their samples and hints.
-        spent_usd: What the run has spent before.
-    """
-    trace, task = run.config.trace, run.inputs.task
-    limits, lm = Limits.of(trace, spent_usd), teacher_lm(run.config.teacher.lm)
-    if examples is not None:
-        return _job(run, task, lm, examples, limits)
-    job = _job(run, task, lm, [*run.inputs.train, *run.inputs.dev], limits)
-    threshold = None if trace.keep == "all" else trace.metric_threshold
-    return dataclasses.replace(job, samples=trace.samples, hints=trace.hints, threshold=threshold)
-
-
-def _job(
-    run: Run, task: Task, lm: LmSpec, examples: Sequence[dspy.Example], limits: Limits
-) -> Collection:
-    store = TraceStore(run.directory.join("traces"))
-    trace = run.config.trace
-    smallest, largest = trace.min_actors, trace.max_actors
-    if lm.num_gpus:
-        # More actors than GPUs would wait for one for ever, and their examples with them.
-        largest = min(largest, int(capacity("GPU") / lm.num_gpus))
-        smallest = min(smallest, largest)
-    return Collection(
-        task=task,
-        lm=lm,
-        examples=examples,
-        store=store,
-        actors=smallest,
-        max_actors=largest,
-        concurrency=trace.concurrency,
-        limits=limits,
-        calls=CallSettings.of(trace),
-        run=run.config.name,
-        service=open_teacher.service(run.config.teacher, run.progress.note),
-    )

@@ -16,6 +16,7 @@ from distill.config import (
     SCRATCH,
     ActorsConfig,
     RunConfig,
+    StudentConfig,
     TeacherConfig,
     TraceConfig,
     TrainConfig,
@@ -23,7 +24,8 @@ from distill.config import (
 from distill.evaluation.evaluate import teacher_lm
 from distill.fingerprints import model_files
 from distill.programs import Task
-from distill.training.deepspeed_config import make_deepspeed_config
+from distill.training import tracking
+from distill.training.deepspeed_config import check_precision, make_deepspeed_config
 from serve.cluster import capacity
 from serve.errors import ConfigurationError
 from serve.folding import Folding
@@ -60,7 +62,8 @@ def load(config: RunConfig) -> Inputs:
     folding = None
     if config.student.prompt == "folded":
         folding = Folding.learn(prompts, task.adapter)
-    check_training(config.student.model, config.train, rendered if _any_full(folding) else ())
+    check_training(config.student, config.train, rendered if _any_full(folding) else ())
+    _check_choice(config, dev)
     return Inputs(task, train, dev, test, folding)
 
 
@@ -76,23 +79,29 @@ def load_traced(
     return task, *_training_data(config)
 
 
-def check_training(model: str, train: TrainConfig, prompts: Sequence[rows.Messages] = ()) -> None:
-    """See that a student of this model can be trained by this recipe.
+def check_training(
+    student: StudentConfig, train: TrainConfig, prompts: Sequence[rows.Messages] = ()
+) -> None:
+    """See that this student can be trained by this recipe.
 
     Args:
-        model: ``scratch``, or a Hugging Face directory or id.
+        student: What is trained.
         train: The recipe.
         prompts: Full prompts that the model's chat template has to render.
 
     Raises:
         ConfigurationError: It cannot.
     """
+    tracking.check(train.report_to)
     make_deepspeed_config(train, num_workers=train.num_workers, use_gpu=False, bf16_supported=True)
-    if model != SCRATCH:
-        # Imported here: it brings torch, which a scratch student's check does not need.
+    if student.model != SCRATCH:
+        # Imported here: they bring torch, which a scratch student's check does not need.
+        from distill.training import lora
         from distill.training.base_model import check_base_model
 
-        check_base_model(model, prompts)
+        if student.lora is not None:
+            lora.check_installed()
+        check_base_model(student.model, prompts)
 
 
 def fitted_workers(train: TrainConfig) -> TrainConfig:
@@ -148,8 +157,9 @@ def check_workers(train: TrainConfig) -> None:
     """Check that the connected cluster can hold the training workers.
 
     Raises:
-        ConfigurationError: It cannot.
+        ConfigurationError: It cannot, or its processors do not compute as configured.
     """
+    check_precision(train, use_gpu(train))
     _check_fits("train.num_workers", train.num_workers, "GPU" if use_gpu(train) else "CPU")
 
 
@@ -181,6 +191,20 @@ def base_fingerprint(model: str) -> Any:
     if not folder.is_dir():
         return model
     return [model, *model_files(folder)]
+
+
+def _check_choice(config: RunConfig, dev: Sequence[dspy.Example]) -> None:
+    """See that what the student is to be chosen by is there."""
+    if config.train.select_by != "metric":
+        return
+    lacking = "no metric is given" if config.metric is None else ""
+    if not dev:
+        lacking = f"{config.data.dev or config.data.train}: gives no dev examples to score it on"
+    if lacking:
+        raise ConfigurationError(
+            f"train.select_by=metric chooses by the program's metric on the dev set; {lacking}. "
+            "Give metric and data.dev, or use train.select_by=exact or loss."
+        )
 
 
 def _any_full(folding: Folding | None) -> bool:

@@ -20,6 +20,7 @@ from dspy.clients.utils_finetune import TrainDataFormat
 from rich.console import Console
 
 from distill import cluster, preflight
+from distill.chats import check_chat
 from distill.config import ScratchConfig, StudentConfig, TrainConfig
 from distill.config_file import validated
 from distill.export import Profile
@@ -30,6 +31,7 @@ from distill.progress import ProgressReporter, open_events
 from distill.rows import Messages, Row, fold_row
 from distill.rundir import RunDir
 from distill.train_kwargs import TrainKwargs, parse_train_kwargs
+from distill.turns import plain
 from serve.dspy_lm import PROVIDER, model_name, register, student_of
 from serve.errors import ConfigurationError, TrainingError
 from serve.models import full_name
@@ -53,7 +55,7 @@ class TrainingRows(list[dict[str, Any]]):
     def __init__(
         self, train: Sequence[Row], val: Sequence[Row] = (), profile: Profile | None = None
     ) -> None:
-        super().__init__({"messages": list(row.messages)} for row in train)
+        super().__init__({"messages": plain(row.messages)} for row in train)
         self.train, self.val = list(train), list(val)
         self.profile = profile or Profile()
 
@@ -62,17 +64,18 @@ class TrainingRows(list[dict[str, Any]]):
         """Training data of any origin.
 
         Raises:
-            ConfigurationError: It is not what DSPy calls the chat format.
+            ConfigurationError: It is not what DSPy calls the chat format, or nothing can be
+                learned from a row.
         """
         if isinstance(data, cls):
             return data
         for number, row in enumerate(data):
-            messages = row.get("messages") if isinstance(row, Mapping) else None
-            if not messages or messages[-1].get("role") != "assistant":
+            if not isinstance(row, Mapping) or "messages" not in row:
                 raise ConfigurationError(
                     f"train_data[{number}]: expected {{'messages': [...]}} that end with the "
                     f"assistant's, found {str(row)[:200]}."
                 )
+            check_chat(f"train_data[{number}]", row["messages"], tools=True)
         return cls([Row(row["messages"], "", "", folded=False) for row in data])
 
 
@@ -126,7 +129,13 @@ class RayProvider(Provider):
         """
         base = full_name(student_of(model))
         kwargs = parse_train_kwargs(train_kwargs, base)
-        preflight.check_training(base, kwargs.train, prompts)
+        if kwargs.train.select_by == "metric":
+            raise ConfigurationError(
+                "train_kwargs['select_by']='metric': a fine-tuning job knows rows, and no program "
+                "to run its metric on. Use 'exact' or 'loss', or raydistill run with a "
+                "configuration file."
+            )
+        preflight.check_training(StudentConfig(model=base), kwargs.train, prompts)
         self._directory(kwargs).create()
         return kwargs
 
@@ -162,6 +171,8 @@ class RayProvider(Provider):
         base = full_name(student_of(model))
         kwargs = self.check(model, train_kwargs or {})
         directory = self._directory(kwargs)
+
+        # Imported here: it brings Ray Serve, which LMs that only answer do not need.
         from serve import temporary
 
         with turn(job), directory.locked(), cluster.connected(), reporting(directory) as progress:

@@ -14,6 +14,7 @@ import dspy
 
 from distill.tracing.trace import PredictorCall, Trace
 from distill.tracing.values import revive
+from distill.turns import as_input, plain
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 
@@ -26,7 +27,10 @@ Prompts = Mapping[str, tuple[type[dspy.Signature], Sequence[Any]]]
 
 @dataclass(frozen=True)
 class Row:
-    """One training conversation; the last message is the assistant's."""
+    """One training conversation; the last message is the assistant's.
+
+    What the assistant says in it is learned, except in messages of weight 0; see ``turns``.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     predictor: str
@@ -135,7 +139,8 @@ def stream_rows(
 
 def fold_row(row: Row, folding: Folding) -> Row:
     """The row without its scaffold; as it is where it does not match."""
-    folded = folding.fold_row(row.messages)
+    *prompt, answer = row.messages
+    folded = folding.fold_row([*plain(prompt), answer])
     return replace(row, messages=folded.messages, folded=True) if folded else row
 
 
@@ -162,7 +167,8 @@ def _render(
     if _says_none(call, answer, signature, adapter):
         counts.missing_output += 1
         return None
-    messages = [*prompt, {"role": "assistant", "content": answer}]
+    # What the assistant says in a prompt, in demos or a history, is no answer of the teacher's.
+    messages = [*as_input(prompt), {"role": "assistant", "content": answer}]
     return Row(messages, call.predictor or "", example_id, folded=False)
 
 

@@ -190,3 +190,16 @@ class RunDir:
             finally:
                 if file.exists():
                     self._fs.put_file(str(file), path)
+
+    def remove(self, name: str) -> None:
+        """Remove a folder and all that is in it, if it is there."""
+        if self.exists(name):
+            self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+    def put_files(self, folder: Path, name: str) -> None:
+        """Copy a local folder's files into a folder here, in the place of those of their names."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                target = f"{self._root}/{name}/{file.relative_to(folder).as_posix()}"
+                self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+                self._fs.put_file(str(file), target)

@@ -56,16 +56,30 @@ def show_tracing(stage: Stage) -> OnProgress:
 
 
 def show_training(stage: Stage, progress: ProgressReporter) -> Callable[[Mapping[str, Any]], None]:
-    """A callback that shows the events of training."""
+    """A callback that shows the events of training: loss, tokens/s, the last evaluation."""
+    evaluated: dict[str, Any] = {}
 
     def show(event: Mapping[str, Any]) -> None:
         if event["event"] == "train_step":
             text = f"loss {event['loss']:.3f}, {event['tokens_per_s']:.0f} tokens/s"
+            if evaluated:
+                text += f", {_evaluation_words(evaluated)}"
             stage.update(event["step"], event["num_steps"], text, **_fields(event))
-        else:
-            progress.event(event["event"], **_fields(event))
+            return
+        progress.event(event["event"], **_fields(event))
+        if event["event"] == "train_eval" and event["val_loss"] is not None:
+            evaluated.update(event)
+        if event["event"] == "train_stop":
+            progress.note(
+                f"  Training ends after step {event['step']} of {event['num_steps']}: none of the "
+                f"last {event['evaluations_since_best']} evaluations was better."
+            )
 
     return show
+
+
+def _evaluation_words(found: Mapping[str, Any]) -> str:
+    return f"validation {found['val_loss']:.3f}, {found['val_exact']:.1%} exact"
 
 
 def describe_inputs(inputs: Inputs) -> str:
@@ -105,7 +119,15 @@ def describe_training(result: Any) -> str:
         parts.append(f"{result.val_exact:.1%} exact (epoch {result.best_epoch})")
     if result.dropped_rows:
         parts.append(f"{result.dropped_rows} rows over train.max_length left out")
+    if result.cut_rows:
+        parts.append(f"{result.cut_rows} rows cut to train.max_length")
     return ", ".join(parts)
+
+
+def describe_choice(result: Any) -> str:
+    """What the program scored with each checkpoint, in a line."""
+    scores = ", ".join(f"{each.metric:.3f} (step {each.step})" for each in result.candidates)
+    return f"Metric on the dev set: {scores}; the first is the student."
 
 
 def no_rows(selection: Selection) -> str:
@@ -160,9 +182,13 @@ def run_section(directory: RunDir, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of the packages that a student depends on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def versions(*others: str) -> dict[str, str]:
+    """The versions of the packages that a student depends on.
+
+    Args:
+        others: Packages that not every student does.
+    """
+    return {name: importlib.metadata.version(name) for name in (*PACKAGES, *others)}
 
 
 def training_section(result: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -6,6 +6,8 @@ found, what was expected and the remedy. Which exit code an error ends in is dec
 the command line, from ``exit_code``.
 """
 
+from collections.abc import Sequence
+
 
 class DistillError(Exception):
     """Base of every error that raydistill raises on purpose."""
@@ -55,6 +57,22 @@ class CallPrevented(DistillError, RuntimeError):
 
 class TrainingError(DistillError, RuntimeError):
     """Training could not start, or did not end with a student."""
+
+
+class TrainingDiverged(TrainingError):
+    """The loss of some rows is not a number.
+
+    Args:
+        message: What was found, in words.
+        rows: Which of the rows trained on.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message, rows)
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class TrainingCancelled(DistillError, RuntimeError):

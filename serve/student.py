@@ -52,6 +52,9 @@ class Manifest(BaseModel):
     metrics: dict[str, Any] = {}
     fingerprints: dict[str, str] = {}
     versions: dict[str, str] = {}
+    provenance: dict[str, Any] = {}
+    """The hashes of the rows that it learned, what names its base model's files, and its whole
+    recipe; empty where an earlier version made it."""
     created: str
 
     def save(self, student_dir: str | os.PathLike[str]) -> None:

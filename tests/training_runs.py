@@ -2,8 +2,13 @@
 
 import json
 
+import ray.train
+import torch
+from transformers.models.llama.modeling_llama import LlamaModel
+
 from distill.config import StudentConfig, TrainConfig
 from distill.training.job import train
+from distill.training.loop import train_loop_per_worker
 
 SIZES = {
     "vocab_size": 320,
@@ -42,7 +47,13 @@ def never():
 
 
 def run(
-    folder, student=SCRATCH, on_event=lambda event: None, name="run", cancelled=never, **settings
+    folder,
+    student=SCRATCH,
+    on_event=lambda event: None,
+    name="run",
+    cancelled=never,
+    on_wait=print,
+    **settings,
 ):
     defaults = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "logging_steps": 2}
     return train(
@@ -54,4 +65,38 @@ def run(
         name=name,
         on_event=on_event,
         cancelled=cancelled,
+        on_wait=on_wait,
     )
+
+
+def run_out_of_memory(config):
+    """The training loop of workers, the second of which has no memory for its third batch."""
+    batches = iter(range(3))
+
+    def refuse(*_):
+        if ray.train.get_context().get_world_rank() == 1 and next(batches) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    forward = LlamaModel.forward
+
+    def failing(*args, **kwargs):
+        refuse()
+        return forward(*args, **kwargs)
+
+    LlamaModel.forward = failing
+    return train_loop_per_worker(config)
+
+
+def lose_a_gradient(config):
+    """The training loop of workers whose third batch has a loss, but an infinite gradient."""
+    batches = iter(range(1, 100))
+    forward = LlamaModel.forward
+
+    def losing(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if next(batches) == 3:
+            output.last_hidden_state.register_hook(lambda gradient: gradient * torch.inf)
+        return output
+
+    LlamaModel.forward = losing
+    return train_loop_per_worker(config)

@@ -52,7 +52,7 @@ def render_html(report: Report) -> str:
         headline=_unbroken(wording.headline(report)),
         comparison=_unbroken(wording.comparison_words(report)),
         axis=score_axis(list(arms.values()), binary=report.get("score_kind") == "binary"),
-        curve=loss_curve(report["training"].get("history") or []),
+        curve=loss_curve(report["training"]),
         serve_commands=_serve_commands(run),
         config=_config_text(run.get("config")),
     )
@@ -101,29 +101,45 @@ def score_axis(arms: Sequence[Mapping[str, Any]], binary: bool) -> dict[str, Any
     return _axis(low, high, step)
 
 
-def loss_curve(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The losses of each epoch as points in a unit square with y downwards.
+def loss_curve(training: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The losses over a training as points in a unit square with y downwards.
+
+    Args:
+        training: The report's section: ``evaluations``, by step, or only ``history``, by epoch.
 
     Returns:
-        ``lines``: ``train_loss`` and ``val_loss`` -> (x, y) pairs, those known; ``axis``:
-        as of ``score_axis``; ``epochs``: first and last. None without two epochs or a loss.
+        ``lines``: ``train_loss``, ``val_loss`` and ``val_exact`` -> (x, y) pairs, those known;
+        ``axis``: as of ``score_axis``, for the losses, a share goes from 0 to 1; ``unit``,
+        ``first`` and ``last``: of x; ``best``: x of the chosen student, None if not known.
+        None without two points or a loss.
     """
+    points = training.get("evaluations") or training.get("history") or []
+    unit = "step" if all("step" in point for point in points) else "epoch"
     names = ("train_loss", "val_loss")
-    losses = [epoch[name] for epoch in history for name in names if epoch.get(name) is not None]
-    if len(history) < 2 or not losses:
+    losses = [point[name] for point in points for name in names if point.get(name) is not None]
+    if len(points) < 2 or not losses:
         return None
     step = _nice_step(max(losses) / 3 or 1.0)
     axis = _axis(0.0, max(1, math.ceil(max(losses) / step)) * step, step)
-    first, last = history[0]["epoch"], history[-1]["epoch"]
-
-    def point(epoch: Mapping[str, Any], name: str) -> tuple[float, float]:
-        return (epoch["epoch"] - first) / (last - first), 1 - epoch[name] / axis["high"]
-
+    first, last = points[0][unit], points[-1][unit]
+    highest = {"train_loss": axis["high"], "val_loss": axis["high"], "val_exact": 1.0}
     lines = {
-        name: [point(epoch, name) for epoch in history if epoch.get(name) is not None]
-        for name in names
+        name: [
+            ((point[unit] - first) / (last - first), 1 - point[name] / high)
+            for point in points
+            if point.get(name) is not None
+        ]
+        for name, high in highest.items()
     }
-    return {"lines": lines, "axis": axis, "epochs": (first, last)}
+    best = training.get(f"best_{unit}")
+    return {
+        "lines": lines,
+        "axis": axis,
+        "unit": unit,
+        "first": first,
+        "last": last,
+        "best": None if best is None else (best - first) / (last - first),
+    }
 
 
 def _axis(low: float, high: float, step: float) -> dict[str, Any]:

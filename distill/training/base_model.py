@@ -7,6 +7,7 @@ safetensors are read and no code from a model's directory is run.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -23,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import is_flash_attn_2_available
 
-from distill.config import SCRATCH, ScratchConfig
+from distill.config import SCRATCH, LongRows, ScratchConfig
 from distill.training.encoding import Conversation, encode, end_of_turn_id
 from serve.engines.quiet import no_progress_bars
 from serve.errors import ConfigurationError, TrainingError
@@ -47,6 +49,7 @@ def make_scratch(
     *,
     max_length: int,
     seed: int,
+    long_rows: LongRows = "drop",
 ) -> None:
     """Write a micro-student that has learned nothing yet: tokenizer, config, first weights.
 
@@ -56,12 +59,13 @@ def make_scratch(
         sizes: Of the Llama. The vocabulary is smaller where the texts have no more to give.
         max_length: Longest row in tokens that will be trained on.
         seed: Decides the weights.
+        long_rows: What becomes of longer ones.
     """
     tokenizer = _learn_tokenizer(conversations, sizes.vocab_size)
-    rows, _ = encode(conversations, tokenizer, max_length)
+    rows, _ = encode(conversations, tokenizer, max_length, long_rows, "train row")
     longest = int(rows.lengths.max(initial=0))
     config = LlamaConfig(
-        **sizes.model_dump(exclude={"dropout"}) | {"vocab_size": len(tokenizer)},
+        **sizes.model_dump(exclude={"size", "dropout"}) | {"vocab_size": len(tokenizer)},
         tie_word_embeddings=True,
         max_position_embeddings=_power_of_two(max(512, 2 * longest)),
         bos_token_id=None,
@@ -184,11 +188,17 @@ def max_positions(model: str) -> int | None:
 
 
 def load_model(
-    model: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    model: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, flash: bool = False
 ) -> PreTrainedModel:
     """A model's weights, all of them, on the CPU.
 
     Its generation settings stop at the tokenizer's end of turn.
+
+    Args:
+        model: Hugging Face directory or id.
+        tokenizer: The model's.
+        dtype: Of the weights.
+        flash: Use FlashAttention-2 where it is installed and the model can be computed with it.
 
     Raises:
         TrainingError: It has no safetensors, or they lack weights that the model has.
@@ -200,6 +210,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_attention(model) if flash else {},
         )
     except (OSError, ValueError) as error:
         raise TrainingError(f"student.model={model} cannot be loaded: {error}") from error
@@ -213,6 +224,14 @@ def load_model(
         loaded.resize_token_embeddings(len(tokenizer))
     _set_stop_tokens(loaded, tokenizer)
     return loaded
+
+
+def _attention(model: str) -> dict[str, str]:
+    """How to load a model to have FlashAttention-2, if it can be had."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    can = is_flash_attn_2_available() and kind._supports_flash_attn
+    return {"attn_implementation": "flash_attention_2"} if can else {}
 
 
 def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -256,7 +275,9 @@ def _learn_tokenizer(
 def _texts(conversations: Iterable[Conversation]) -> Iterator[str]:
     for messages in conversations:
         for message in messages:
-            yield message["content"]
+            # What is no text gives no tokens; whether its row can be trained on says ``encode``.
+            if isinstance(content := message.get("content"), str):
+                yield content.encode(errors="replace").decode()
         # Counted in each row, the signs' bytes are joined before anything rarer, for sure.
         yield _SIGNS
 

@@ -2,11 +2,11 @@
 
 Pure: numbers in, numbers out. A plan depends on nothing but its arguments, so every rank
 makes the same one, and so does a run that goes on after a crash. What the arrays mean to
-a model is for ``loop``.
+a model is for ``engine``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -24,14 +24,26 @@ class EncodedRows:
         input_ids: int32[N], the tokens of all rows.
         completion: bool[N], whether a token belongs to its row's completion.
         offsets: int64[R + 1]; row ``i`` is ``offsets[i]:offsets[i + 1]``.
+        sources: int64[R], which conversation each row is of; empty where that is not known.
     """
 
     input_ids: NDArray[np.int32]
     completion: NDArray[np.bool_]
     offsets: NDArray[np.int64]
+    sources: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def row_bounds(self) -> NDArray[np.int64]:
+        """int64[R + 1], where rows begin, and where the last one ends."""
+        return self.offsets
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are, in however many sequences."""
+        return len(self.row_bounds) - 1
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -45,14 +57,70 @@ class EncodedRows:
         """
         completion = self.completion[self.offsets[row] : self.offsets[row + 1]]
         weights = np.where(completion, 1.0, prompt_weight).astype(np.float32)
-        weights[:1] = 0.0
+        weights[self._begins(row)] = 0.0
         return weights
 
     def loss_weights(self, prompt_weight: float) -> NDArray[np.float64]:
         """float64[R], what each row counts in the loss."""
         weights = np.where(self.completion, 1.0, prompt_weight)
-        weights[self.offsets[:-1]] = 0.0
+        weights[self.row_bounds[:-1]] = 0.0
         return np.add.reduceat(weights, self.offsets[:-1]) if len(self) else np.zeros(0)
+
+    @property
+    def longest_completion(self) -> int:
+        """Most tokens that have to be generated in one go."""
+        begins = self.completion.copy()
+        begins[1:] &= ~self.completion[:-1]
+        firsts = self.row_bounds[:-1]
+        begins[firsts] = self.completion[firsts]
+        runs = np.flatnonzero(begins)
+        if not len(runs):
+            return 0
+        return int(np.add.reduceat(self.completion, runs, dtype=np.int64).max())
+
+    def conversations(self, index: int) -> NDArray[np.int64]:
+        """Which conversations one of a plan's rows is made of."""
+        first, last = np.searchsorted(self.row_bounds, self.offsets[index : index + 2])
+        return self.sources[first:last]
+
+    def take(self, order: Sequence[int]) -> "EncodedRows":
+        """The rows of these numbers, in this order."""
+        parts = [slice(self.offsets[row], self.offsets[row + 1]) for row in order]
+        return EncodedRows(
+            input_ids=np.concatenate([self.input_ids[:0], *(self.input_ids[p] for p in parts)]),
+            completion=np.concatenate([self.completion[:0], *(self.completion[p] for p in parts)]),
+            offsets=np.cumsum([0, *self.lengths[list(order)]], dtype=np.int64),
+            sources=self.sources[list(order)] if len(self.sources) else self.sources,
+        )
+
+    def _begins(self, index: int) -> NDArray[np.int64]:
+        """Where rows begin in one of these."""
+        start, stop = self.offsets[index : index + 2]
+        first, last = np.searchsorted(self.row_bounds, (start, stop))
+        return self.row_bounds[first:last] - start
+
+
+@dataclass(frozen=True)
+class PackedRows(EncodedRows):
+    """Tokenised rows of which several make one sequence; a plan is made of the sequences.
+
+    Attributes:
+        offsets: int64[S + 1], of the sequences.
+        row_offsets: int64[R + 1], of the rows in them.
+    """
+
+    row_offsets: NDArray[np.int64]
+
+    @property
+    def row_bounds(self) -> NDArray[np.int64]:
+        """As of single rows."""
+        return self.row_offsets
+
+    def positions(self, index: int) -> NDArray[np.int64]:
+        """int64[T], the place of each of a sequence's tokens in its row."""
+        places = np.arange(self.lengths[index])
+        begins = self._begins(index)
+        return places - np.repeat(begins, np.diff([*begins, len(places)]))
 
 
 @dataclass(frozen=True)
@@ -75,20 +143,36 @@ class Batch:
 
     Attributes:
         input_ids: int64[B, T]
-        attention_mask: int64[B, T], 0 on padding.
+        attention_mask: int64[B, T], 0 on padding; None of packed rows.
         weights: float32[B, T], what each token counts in the loss; 0 on padding.
+        position_ids: int64[B, T] of packed rows, from 0 in each and in the padding, which
+            is how a model knows them apart; None of single rows.
     """
 
     input_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.int64]
+    attention_mask: NDArray[np.int64] | None
     weights: NDArray[np.float32]
+    position_ids: NDArray[np.int64] | None = None
 
-    @property
-    def num_logits(self) -> int:
-        """How many last positions hold all that is needed to score what counts."""
-        counted = np.flatnonzero(self.weights.any(axis=0))
-        first = int(counted[0]) if len(counted) else 1
-        return self.weights.shape[1] - first + 1
+    @cached_property
+    def predicting(self) -> NDArray[np.bool_]:
+        """bool[B, T], the positions whose next token counts; the first where none does."""
+        predicting = np.zeros(self.weights.shape, dtype=np.bool_)
+        predicting[:, :-1] = self.weights[:, 1:] != 0
+        if not predicting.any():
+            predicting[0, 0] = True
+        return predicting
+
+    def as_one_sequence(self) -> "Batch":
+        """The same packed rows end to end, as [1, B * T]: they begin anew there as well."""
+        if self.position_ids is None:
+            raise ValueError("single rows are known apart by their mask, not by their positions")
+        return Batch(
+            self.input_ids.reshape(1, -1),
+            None,
+            self.weights.reshape(1, -1),
+            self.position_ids.reshape(1, -1),
+        )
 
 
 def plan_epoch(
@@ -163,7 +247,20 @@ def collate(rows: EncodedRows, indices: Sequence[int], prompt_weight: float, pad
         weights[place, : len(tokens)] = rows.token_weights(row, prompt_weight)
     if not len(indices):
         attention_mask[:] = 1
+    if isinstance(rows, PackedRows):
+        return Batch(input_ids, None, weights, _positions(rows, indices, shape))
     return Batch(input_ids, attention_mask, weights)
+
+
+def _positions(
+    rows: PackedRows, indices: Sequence[int], shape: tuple[int, int]
+) -> NDArray[np.int64]:
+    positions = np.tile(np.arange(shape[1], dtype=np.int64), (shape[0], 1))
+    for place, index in enumerate(indices):
+        length = int(rows.lengths[index])
+        positions[place, :length] = rows.positions(index)
+        positions[place, length:] -= length
+    return positions
 
 
 def _by_length(rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,19 +4,25 @@ Runs in a Ray Train worker. DeepSpeed is imported inside: it looks at its enviro
 Ray prepares, and may not be there on the driver.
 """
 
+import os
+import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from distill.config import TrainConfig
+from distill.config import LoraConfig, TrainConfig
 from distill.training.base_model import load_model
 from distill.training.batches import Batch
-from distill.training.deepspeed_config import make_deepspeed_config
+from distill.training.deepspeed_config import make_deepspeed_config, needs_compiler
+from distill.training.lora import add_adapters
 from distill.training.schedule import learning_rate_factor
+from serve.errors import ConfigurationError, TrainingError
 
 
 def start_engine(
@@ -27,6 +33,7 @@ def start_engine(
     num_steps: int,
     use_gpu: bool,
     dropout: float,
+    lora: LoraConfig | None = None,
 ) -> Any:
     """Load the base model and hand it to DeepSpeed.
 
@@ -37,9 +44,14 @@ def start_engine(
         num_steps: Optimizer steps of the whole run, for the learning rate.
         use_gpu: Whether each worker has a GPU.
         dropout: See ``add_dropout``.
+        lora: Adapters to train in the place of the weights.
 
     Returns:
         A ``DeepSpeedEngine``.
+
+    Raises:
+        ConfigurationError: The configuration does not work here.
+        TrainingError: The base model cannot be loaded.
     """
     import deepspeed
 
@@ -53,14 +65,22 @@ def start_engine(
         use_gpu=use_gpu,
         bf16_supported=_all_support_bf16(use_gpu),
     )
-    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    model = load_model(base, tokenizer, dtype)
+    if needs_compiler(config):
+        _check_compiler()
+    dtype = _data_type(config)
+    flash = train.packing and use_gpu and dtype != torch.float32
+    model: Any = load_model(base, tokenizer, dtype, flash=flash)
     add_dropout(model, dropout)
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is not None:
+        model = add_adapters(model, lora)
     factor = partial(
         learning_rate_factor,
         num_steps=num_steps,
         warmup_ratio=train.warmup_ratio,
         kind=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
     )
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -71,11 +91,10 @@ def start_engine(
     return engine
 
 
-def weighted_loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
-    """Sum over tokens of weight times cross entropy, a scalar of float32."""
+def weighted_losses(engine: Any, batch: Batch) -> torch.Tensor:
+    """float32[N], weight times cross entropy of each of ``batch.predicting``, in its order."""
     logits, targets, weights = _predict(engine, batch)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum()
+    return F.cross_entropy(logits.float(), targets, reduction="none") * weights
 
 
 def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
@@ -85,30 +104,90 @@ def validate_batch(engine: Any, batch: Batch) -> torch.Tensor:
     right ones before it, so one forward pass tells.
     """
     logits, targets, weights = _predict(engine, batch)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    losses = F.cross_entropy(logits.float(), targets, reduction="none") * weights
+    rows = torch.from_numpy(batch.predicting.nonzero()[0]).to(engine.device)
     counts = weights > 0
     wrong = counts & (logits.argmax(-1) != targets)
-    exact = counts.any(dim=1) & ~wrong.any(dim=1)
-    return torch.stack([(losses * weights.flatten()).sum(), exact.sum().float()])
+    counted, missed = (
+        torch.zeros(len(batch.weights), device=engine.device).index_add(0, rows, each.float())
+        for each in (counts, wrong)
+    )
+    exact = (counted > 0) & (missed == 0)
+    return torch.stack([losses.sum(), exact.sum().float()])
+
+
+@torch.no_grad()
+def check_packing(engine: Any) -> None:
+    """See that the model keeps rows of one sequence apart. Every rank calls it.
+
+    Not every architecture knows them by their positions, and with some kinds of attention
+    only a batch of one sequence does.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    ids, positions = np.arange(5, 21), np.tile(np.arange(8), (2, 2))
+    ids = np.stack([ids, np.roll(ids, 8)])
+    batch = _fitted_to(engine, Batch(ids, None, np.ones(ids.shape, np.float32), positions))
+    engine.eval()
+    try:
+        logits = _logits(engine, batch, keep=0).view(*ids.shape, -1)
+    except TypeError as error:
+        raise TrainingError(_not_apart(str(error))) from error
+    # The same rows in the other order: what has seen another row differs by more than rounding.
+    found, other = logits.float(), logits.float().roll(8, dims=1).flip(0)
+    if (found - other).abs().max() > torch.finfo(logits.dtype).eps ** 0.5 * found.abs().max():
+        raise TrainingError(_not_apart("a row's answers change with the rows before it"))
+
+
+def _not_apart(found: str) -> str:
+    return (
+        "train.packing needs a model that keeps the rows of a sequence apart, and this one does "
+        f"not ({found}). Set train.packing=false."
+    )
 
 
 def _predict(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [B, T, V], targets int64[B, T] and weights float32[B, T] of the last positions.
+    """Logits [N, V], targets int64[N] and weights float32[N] of ``batch.predicting``.
 
-    Only positions whose prediction counts are projected on the vocabulary: with long
-    prompts that count nothing, that is where most of the work would be.
+    Only these positions are projected on the vocabulary: where prompts are long and count
+    nothing, the others would be most of the work, and of the memory.
     """
-    device = engine.device
-    input_ids = torch.from_numpy(batch.input_ids).to(device)
-    logits = engine(
-        input_ids=input_ids,
-        attention_mask=torch.from_numpy(batch.attention_mask).to(device),
-        logits_to_keep=batch.num_logits,
-        use_cache=False,
-    ).logits[:, :-1]
-    num_targets = logits.shape[1]
-    weights = torch.from_numpy(batch.weights[:, -num_targets:]).to(device)
-    return logits, input_ids[:, -num_targets:], weights
+    predicting = batch.predicting
+    targets, weights = (
+        torch.from_numpy(array[:, 1:][predicting[:, :-1]]).to(engine.device)
+        for array in (batch.input_ids, batch.weights)
+    )
+    fitted = _fitted_to(engine, batch)
+    keep = predicting.reshape(fitted.weights.shape)
+    return _logits(engine, fitted, torch.from_numpy(keep).to(engine.device)), targets, weights
+
+
+def _logits(engine: Any, batch: Batch, keep: torch.Tensor | int) -> torch.Tensor:
+    """[N, V] of the positions kept, bool[B, T]; 0 is all of them, [B, T, V]."""
+    # Without a mask, models keep apart the rows whose positions begin anew.
+    arrays = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+    }
+    given = {
+        name: torch.from_numpy(array).to(engine.device)
+        for name, array in arrays.items()
+        if array is not None
+    }
+    return engine(**given, logits_to_keep=keep, use_cache=False).logits
+
+
+def _fitted_to(engine: Any, batch: Batch) -> Batch:
+    """The batch in the shape in which the model's attention keeps packed rows apart.
+
+    Flash attention looks for rows in a batch of one sequence only. Others would pay for that:
+    they make a mask of the square of its length.
+    """
+    attention = getattr(engine, "module", engine).config._attn_implementation
+    is_flash = str(attention).startswith("flash_attention")
+    return batch.as_one_sequence() if is_flash and batch.position_ids is not None else batch
 
 
 def add_dropout(model: torch.nn.Module, rate: float) -> None:
@@ -140,6 +219,24 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _data_type(config: Mapping[str, Any]) -> torch.dtype:
+    """What the engine's weights are of; DeepSpeed keeps a float32 copy beside 16-bit ones."""
+    if config["bf16"]["enabled"]:
+        return torch.bfloat16
+    return torch.float16 if config["fp16"]["enabled"] else torch.float32
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    missing = [tool for tool in (compiler, "ninja") if shutil.which(tool) is None]
+    if missing:
+        raise ConfigurationError(
+            "train.deepspeed.optimizer: DeepSpeed builds its own Adam when it is first used, and "
+            f"a training node has no {' and no '.join(missing)}. Install them on every node, or "
+            "leave torch_adam true, which needs neither."
+        )
 
 
 def _all_support_bf16(use_gpu: bool) -> bool:

@@ -1,12 +1,14 @@
 """Runs the training workers through Ray Train, as the driver sees it.
 
-Owns what the workers are given, where they run, and what is said when they fail. What they
-are to learn from is made in ``job``, what one of them does is in ``loop``.
+Owns what the workers are given, where they run, and that others are started in the place of
+those that are lost; whether that is of use is for ``failures``. What they are to learn from is
+made in ``data``, what one of them does is in ``loop``.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,30 +17,19 @@ import ray.train.torch
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distill.config import SCRATCH, StudentConfig, TrainConfig
-from distill.training.batches import EncodedRows
 from distill.training.checkpoints import SCORE
+from distill.training.choice import num_kept
+from distill.training.data import Data
+from distill.training.deepspeed_config import check_precision
+from distill.training.events import Event
+from distill.training.failures import MOST_FAILURES, explain, is_final, is_for_want_of_room
 from distill.training.loop import train_loop_per_worker
-from distill.training.mailbox import Event, run_with_events
+from distill.training.mailbox import run_with_events
 from distill.training.resources import cpus_per_worker
-from distill.training.room import my_turn, wait_for_room
-from serve.errors import DistillError, TrainingError
+from distill.training.room import my_turn, num_jobs, wait_for_room
+from serve.errors import TrainingError
 
-
-@dataclass(frozen=True)
-class Data:
-    """What the workers learn from.
-
-    Attributes:
-        train: Rows that are learned.
-        val: Rows that the epochs are compared by; may be none.
-        num_dropped: Rows left out of either because they are too long.
-        base: Hugging Face directory or id that training starts from.
-    """
-
-    train: EncodedRows
-    val: EncodedRows
-    num_dropped: int
-    base: str
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -50,27 +41,92 @@ def fit(
     name: str,
     on_event: Callable[[Event], None],
     cancelled: Callable[[], bool],
+    on_wait: Callable[[str], None],
 ) -> ray.train.Result:
     """Train, or go on where an earlier call of the same name stopped.
 
     Raises:
+        ConfigurationError: The cluster could never hold the workers, or they cannot do what is
+            configured.
         TrainingError: Training failed.
         TrainingCancelled: ``cancelled`` said so.
     """
     use_gpu = _use_gpu(train)
-    worker = {"CPU": 1 if use_gpu else _cpus_per_worker(train)} | ({"GPU": 1} if use_gpu else {})
+    check_precision(train, use_gpu)
+    attempt = partial(
+        _attempt,
+        data,
+        student,
+        train,
+        use_gpu,
+        storage=storage,
+        name=name,
+        on_event=on_event,
+        cancelled=cancelled,
+        on_wait=on_wait,
+    )
+    failures, had_room = 0, False
+    while True:
+        try:
+            result = attempt(had_room=had_room)
+            break
+        except TrainingFailedError as error:
+            failures += not is_for_want_of_room(error)
+            had_room = True
+            said = explain(error, student, train)
+            if failures > MOST_FAILURES or is_final(error):
+                raise TrainingError(said) from error
+            logger.warning("Training goes on from its last checkpoint after a failure: %s", said)
+    if result.return_value is not None:
+        raise result.return_value
+    return result
+
+
+def _attempt(
+    data: Data,
+    student: StudentConfig,
+    train: TrainConfig,
+    use_gpu: bool,
+    *,
+    storage: str,
+    name: str,
+    on_event: Callable[[Event], None],
+    cancelled: Callable[[], bool],
+    on_wait: Callable[[str], None],
+    had_room: bool,
+) -> ray.train.Result:
+    """Wait for room, and run the workers once, from the last checkpoint on."""
+    with ExitStack() as turn:
+        turn.enter_context(my_turn(cancelled))
+        worker = _worker_resources(train, use_gpu)
+        wait_for_room([worker] * train.num_workers, cancelled, on_wait, had_room)
+        start = _starter(data, student, train, worker, storage, name)
+        return run_with_events(start, on_event, cancelled, on_start=turn.close)
+
+
+def _starter(
+    data: Data,
+    student: StudentConfig,
+    train: TrainConfig,
+    worker: dict[str, float],
+    storage: str,
+    name: str,
+) -> Callable[[Any], ray.train.Result]:
+    """What starts the workers, given a mailbox, and waits for their end."""
+    use_gpu = "GPU" in worker
     loop_config = {
         "train": train.model_dump(),
         "base": data.base,
         "prompt_weight": _prompt_weight(student, train),
         "dropout": student.scratch.dropout if student.model == SCRATCH else 0.0,
+        "lora": student.lora.model_dump() if student.lora else None,
         "use_gpu": use_gpu,
         "num_threads": worker["CPU"],
     }
     scaling_config = ray.train.ScalingConfig(
         num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=worker
     )
-    run_config = _run_config(storage, name, use_gpu)
+    run_config = _run_config(storage, name, train, use_gpu)
 
     def start(mailbox: Any) -> ray.train.Result:
         # Only now, since they may be large and the wait for room long.
@@ -84,25 +140,19 @@ def fit(
         )
         return trainer.fit()
 
-    try:
-        with ExitStack() as turn:
-            turn.enter_context(my_turn(cancelled))
-            wait_for_room([worker] * train.num_workers, cancelled)
-            result = run_with_events(start, on_event, cancelled, on_start=turn.close)
-    except TrainingFailedError as error:
-        raise TrainingError(_explain(error)) from error
-    if result.return_value is not None:
-        raise result.return_value
-    return result
+    return start
 
 
-def _run_config(storage: str, name: str, use_gpu: bool) -> ray.train.RunConfig:
+def _run_config(storage: str, name: str, train: TrainConfig, use_gpu: bool) -> ray.train.RunConfig:
     return ray.train.RunConfig(
         storage_path=storage,
         name=name,
-        failure_config=ray.train.FailureConfig(max_failures=2),
+        # Ray Train would ask for room again, and that could be neither explained nor cancelled.
+        failure_config=ray.train.FailureConfig(
+            max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+        ),
         checkpoint_config=ray.train.CheckpointConfig(
-            num_to_keep=1,
+            num_to_keep=num_kept(train.save_total_limit, train.select_by),
             checkpoint_score_attribute=SCORE,
             checkpoint_score_order="max",
         ),
@@ -135,20 +185,9 @@ def _use_gpu(train: TrainConfig) -> bool:
     return ray.cluster_resources().get("GPU", 0) >= train.num_workers
 
 
-def _cpus_per_worker(train: TrainConfig) -> int:
+def _worker_resources(train: TrainConfig, use_gpu: bool) -> dict[str, float]:
+    """What a worker takes; the CPUs are divided among all jobs that want to train now."""
+    if use_gpu:
+        return {"CPU": 1, "GPU": 1}
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    return cpus_per_worker(nodes, train.num_workers)
-
-
-def _explain(error: TrainingFailedError) -> str:
-    """The message of the failure at the root."""
-    failures = dict(getattr(error, "worker_failures", {}))
-    causes = [failures[rank] for rank in sorted(failures)]
-    causes += [error.controller_failure] if hasattr(error, "controller_failure") else []
-    # A rank that loses its partner fails as well; an error of ours is where it began.
-    ours = [cause for cause in causes if isinstance(cause, DistillError)]
-    cause: BaseException = next(iter(ours or causes), error)
-    while isinstance(inner := getattr(cause, "cause", None), BaseException):
-        cause = inner
-    message = str(cause).strip() or repr(cause)
-    return message if isinstance(cause, DistillError) else f"{type(cause).__name__}: {message}"
+    return {"CPU": cpus_per_worker(nodes, train.num_workers * num_jobs())}

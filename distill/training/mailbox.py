@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from distill.training.events import Event
 from serve.errors import TrainingError
 
-Event = dict[str, Any]
 T = TypeVar("T")
 
 _POLL_S = 0.5
@@ -39,6 +39,25 @@ class Mailbox:
     def is_cancelled(self) -> bool:
         """Whether the workers are to stop."""
         return self._cancelled
+
+
+class Progress:
+    """A worker's end of a mailbox; without one, as on ranks other than 0, nothing is said."""
+
+    def __init__(self, mailbox: Any | None) -> None:
+        self._mailbox = mailbox
+
+    def is_cancelled(self) -> bool:
+        """Whether the driver wants training to stop."""
+        return self._mailbox is not None and ray.get(self._mailbox.is_cancelled.remote())
+
+    def send(self, event: Event, wait: bool = False) -> None:
+        """Send an event; with ``wait``, until it and all before it have arrived."""
+        if self._mailbox is None:
+            return
+        sent = self._mailbox.put.remote(event)
+        if wait:
+            ray.get(sent)
 
 
 def run_with_events(

@@ -1,5 +1,7 @@
 """The whole line through the command line: what a run leaves, and that kills don't hurt it."""
 
+import csv
+import hashlib
 import json
 import signal
 import socket
@@ -88,6 +90,31 @@ def test_the_report_holds_what_was_measured(finished):
     assert report["folding"]["rows_folded"] == 120
     assert report["leakage"] == {"test_in_train": 0}
     assert read(folder.run_dir / "student" / "student.json")["metrics"]["teacher_score"] == 1.0
+
+
+def test_the_student_says_what_it_was_made_from_and_how(finished):
+    run_dir = finished[0].run_dir
+    manifest = read(run_dir / "student" / "student.json")
+    made_from = manifest["provenance"]
+    for name, found in made_from["rows"].items():
+        rows = (run_dir / "rows" / f"{name}.jsonl").read_bytes()
+        assert found["sha256"] == hashlib.sha256(rows).hexdigest()
+    assert made_from["rows"].keys() == {"train", "val"}
+    config = read(run_dir / "config.json")
+    assert made_from["student"] == config["student"]
+    assert made_from["train"] == {**config["train"], "use_gpu": False}
+    assert {"torch", "transformers", "deepspeed", "ray", "dspy"} <= manifest["versions"].keys()
+    assert manifest["metrics"]["student_score"] is not None
+
+
+def test_no_row_is_of_the_test_set(finished):
+    folder = finished[0]
+    with (folder.path / "test.csv").open() as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    rows = "".join(path.read_text() for path in (folder.run_dir / "rows").glob("*.jsonl"))
+    assert len(texts) == 12
+    assert "day 1 was" in rows
+    assert not [text for text in texts if text in rows]
 
 
 def test_the_terminal_shows_stages_and_no_chatter(finished):

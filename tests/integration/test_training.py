@@ -1,22 +1,15 @@
 """Training on a real local Ray with real DeepSpeed, two workers on two CPUs."""
 
-import json
 import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.config import StudentConfig, TrainConfig
-from distill.training.batches import plan_epoch
-from distill.training.encoding import encode
-from distill.training.engine import parameter_groups
+from distill.config import StudentConfig
 from distill.training.mailbox import run_with_events
-from distill.training.schedule import learning_rate_factor
 from serve.errors import TrainingError
 from tests.training_runs import COLOURS, row, run, write_rows
 
@@ -102,79 +95,6 @@ def test_a_finished_run_is_not_trained_again(trained):
     again = run(folder, on_event=events.append, **LEARNING)
     assert events == []
     assert again == result
-
-
-@pytest.mark.parametrize(
-    ("zero_stage", "accumulation", "num_rows"), [(2, 2, 50), (3, 1, 17)], ids=["zero2", "zero3"]
-)
-def test_steps_equal_those_of_plain_pytorch_on_the_whole_batch(
-    tmp_path, zero_stage, accumulation, num_rows
-):
-    write_rows(tmp_path, num_rows, num_val_rows=0)
-    settings = {
-        "zero_stage": zero_stage,
-        "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": 2,
-        "bf16": False,
-        "learning_rate": 0.5,
-        # With a large epsilon, Adam's steps are as long as the gradient, so that a wrong
-        # scale of the gradient shows as well as a wrong direction.
-        "deepspeed": {"optimizer": {"params": {"eps": 1.0}}},
-    }
-    result = run(tmp_path, **settings)
-    trained = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=torch.float32)
-    base = tmp_path / "checkpoints" / "run" / "base"
-    config = TrainConfig(per_device_train_batch_size=8, **settings)
-    expected = train_plainly(base, tmp_path / "train.jsonl", config)
-    untrained = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
-    for name, weight in expected.state_dict().items():
-        assert not torch.equal(weight, untrained[name]), name
-        torch.testing.assert_close(trained.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
-
-
-def train_plainly(base, rows_file, config):
-    """The same steps, each as one batch, without DeepSpeed, ranks or micro batches."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    lines = rows_file.read_text("utf-8").splitlines()
-    rows, _ = encode([json.loads(line)["messages"] for line in lines], tokenizer, 512)
-    accumulation = config.gradient_accumulation_steps
-    plans = [
-        plan_epoch(
-            rows.lengths,
-            rows.loss_weights(0.3),
-            world_size=2,
-            micro_batch_size=8,
-            accumulation=accumulation,
-            epoch=epoch,
-        )
-        for epoch in (1, 2)
-    ]
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(0.9, 0.999),
-        eps=1.0,
-    )
-    factor = partial(
-        learning_rate_factor, num_steps=sum(map(len, plans)), warmup_ratio=0.1, kind="cosine"
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for step in [step for plan in plans for step in plan]:
-        total, weight = torch.zeros(()), 0.0
-        for number in [i for rank in step.micro_batches for micro in rank for i in micro]:
-            start, stop = rows.offsets[number : number + 2]
-            ids = torch.from_numpy(rows.input_ids[start:stop]).long()
-            weights = torch.from_numpy(rows.token_weights(number, 0.3))
-            losses = F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
-            total = total + (losses * weights[1:]).sum()
-            weight += float(weights.sum())
-        optimizer.zero_grad()
-        (total / weight).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-    return model
 
 
 def test_a_trained_student_can_be_trained_further(trained, tmp_path):

@@ -2,9 +2,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from distill.config import ScratchConfig
+from distill.config import LoraConfig, ScratchConfig, StudentConfig
 from distill.training.base_model import (
     check_base_model,
     load_model,
@@ -12,7 +18,9 @@ from distill.training.base_model import (
     make_scratch,
     max_positions,
 )
-from distill.training.encoding import encode, end_of_turn_id
+from distill.training.encoding import LongCounts, encode, end_of_turn_id
+from distill.training.lora import add_adapters
+from distill.turns import as_input
 from serve.errors import ConfigurationError, TrainingError
 
 SIZES = ScratchConfig(
@@ -81,6 +89,20 @@ def test_the_same_rows_and_seed_make_the_same_student(scratch, tmp_path):
             assert one.read() == other.read()
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "user", "content": "\ud800"},
+    ],
+)
+def test_a_row_that_a_scratch_student_cannot_learn_is_named(tmp_path, message):
+    rows = [*CONVERSATIONS, [conversation("a", "b")[0], message, *conversation("c", "d")]]
+    with pytest.raises(ConfigurationError, match=r"^train row 41: .*template or tokenizer"):
+        make_scratch(tmp_path, rows, SIZES, max_length=512, seed=0)
+
+
 def test_positions_leave_room_beyond_the_longest_row(scratch, tmp_path):
     assert max_positions(scratch) == 512
     long = [conversation("1" * 700, "yes")]
@@ -98,8 +120,9 @@ def test_generation_stops_at_the_end_of_a_turn(scratch):
 @pytest.mark.parametrize("messages", AWKWARD)
 def test_the_completion_is_the_answer_and_the_end_of_its_turn(scratch, messages):
     tokenizer = load_tokenizer(scratch)
-    rows, dropped = encode([messages], tokenizer, max_length=512)
-    assert dropped == 0
+    messages = [*as_input(messages[:-1]), messages[-1]]
+    rows, long = encode([messages], tokenizer, max_length=512)
+    assert long == LongCounts()
     completion = tokenizer.decode(rows.input_ids[rows.completion])
     assert completion == messages[-1]["content"] + "<|end|>"
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
@@ -108,13 +131,13 @@ def test_the_completion_is_the_answer_and_the_end_of_its_turn(scratch, messages)
 
 def test_rows_that_are_too_long_are_left_out_and_counted(scratch):
     long = conversation("1" * 100, "yes")
-    rows, dropped = encode([*CONVERSATIONS, long], load_tokenizer(scratch), max_length=80)
-    assert (len(rows), dropped) == (len(CONVERSATIONS), 1)
+    rows, counts = encode([*CONVERSATIONS, long], load_tokenizer(scratch), max_length=80)
+    assert (len(rows), counts) == (len(CONVERSATIONS), LongCounts(dropped=1))
 
 
 def test_no_rows_encode_to_no_rows(scratch):
-    rows, dropped = encode([], load_tokenizer(scratch), max_length=80)
-    assert (len(rows), dropped) == (0, 0)
+    rows, counts = encode([], load_tokenizer(scratch), max_length=80)
+    assert (len(rows), counts) == (0, LongCounts())
 
 
 @pytest.fixture
@@ -194,3 +217,40 @@ def test_missing_weights_are_never_made_up(scratch, tmp_path):
 def test_a_complete_model_passes_the_check(scratch):
     check_base_model(scratch)
     check_base_model("scratch")
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("micro", (4, 5)), ("mini", (12, 15)), ("small", (40, 50))]
+)
+def test_a_size_has_the_parameters_that_it_is_said_to_have(size, millions):
+    sizes = StudentConfig(scratch=size).scratch
+    assert sizes.size == size
+    with torch.device("meta"):
+        config = LlamaConfig(
+            **sizes.model_dump(exclude={"size", "dropout"}), tie_word_embeddings=True
+        )
+        count = LlamaForCausalLM(config).num_parameters()
+    assert millions[0] * 1e6 < count < millions[1] * 1e6
+
+
+def test_a_size_may_be_changed_in_part():
+    sizes = StudentConfig(scratch={"size": "small", "num_hidden_layers": 2}).scratch
+    assert (sizes.hidden_size, sizes.num_hidden_layers) == (512, 2)
+    assert StudentConfig().scratch == StudentConfig(scratch="micro").scratch
+    with pytest.raises(ValueError, match="micro"):
+        StudentConfig(scratch="large")
+
+
+def test_adapters_are_not_for_a_student_that_has_learned_nothing():
+    with pytest.raises(ValueError, match="model=scratch"):
+        StudentConfig(lora={"r": 4})
+    assert StudentConfig(model="org/model", lora={"r": 4}).lora.r == 4
+
+
+def test_a_tied_layer_gets_no_adapter(scratch):
+    model = load_model(scratch, load_tokenizer(scratch), torch.float32)
+    with pytest.raises(ConfigurationError, match="ties them"):
+        add_adapters(model, LoraConfig(target_modules=["lm_head"]))
+    model = load_model(scratch, load_tokenizer(scratch), torch.float32)
+    with pytest.raises(ConfigurationError, match="nowhere"):
+        add_adapters(model, LoraConfig(target_modules=["nowhere"]))

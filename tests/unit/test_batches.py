@@ -132,15 +132,15 @@ def test_a_batch_holds_its_rows_tokens_and_weights(shapes, prompt_weight):
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9),
     st.sampled_from([0.0, 0.3]),
 )
-def test_the_logits_kept_predict_all_that_counts(shapes, prompt_weight):
+def test_the_positions_that_predict_are_those_before_what_counts(shapes, prompt_weight):
     rows = encoded(*[(range(prompt), range(completion)) for prompt, completion in shapes])
     batch = collate(rows, range(len(rows)), prompt_weight, pad_id=99)
-    targets = batch.weights[:, 1:][:, -(batch.num_logits - 1) :]
-    assert targets.sum() == pytest.approx(batch.weights.sum())
+    assert not batch.predicting[:, -1].any()
+    assert (batch.predicting[:, :-1] == (batch.weights[:, 1:] > 0)).all()
 
 
 def test_an_empty_micro_batch_counts_nothing():
     batch = collate(encoded(([1], [2])), [], 0.3, pad_id=0)
     assert batch.input_ids.shape == (1, 2)
     assert batch.weights.sum() == 0
-    assert batch.num_logits == 2
+    assert batch.predicting.sum() == 1

@@ -51,6 +51,14 @@ def test_a_student_without_lms_needs_a_student_model(optimizer):
         plan(optimizer(student_model=None), TwoSteps())
 
 
+def test_choosing_by_the_metric_is_refused_with_what_can_be_had(optimizer):
+    with refused(
+        r"train_kwargs\['select_by'\]='metric': a fine-tuning job knows rows, and no program.*"
+        r"'exact' or 'loss', or raydistill run"
+    ):
+        plan(optimizer(train_kwargs={"select_by": "metric"}))
+
+
 def test_an_lm_that_cannot_be_fine_tuned_is_refused(optimizer):
     student = build()
     student.set_lm(dspy.LM("anthropic/claude"))

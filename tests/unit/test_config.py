@@ -120,6 +120,9 @@ def test_overrides_are_read_as_yaml(write):
         ({"teacher": {"lm": {"model": "m", "api_key": "sk-1"}}}, "environment"),
         ({"data": {"train": "a.csv", "test": "b.csv", "inputs": []}}, "data.inputs"),
         ({"data": None}, "data"),
+        ({"train": {"save_steps": 9}}, "save_strategy=steps"),
+        ({"train": {"eval_steps": 9}}, "eval_strategy=steps"),
+        ({"train": {"early_stopping_patience": 2, "save_strategy": "no"}}, "save_strategy=epoch"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_remedy(write, changes, said):

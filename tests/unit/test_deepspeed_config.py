@@ -1,7 +1,12 @@
 import pytest
+from pydantic import ValidationError
 
 from distill.config import TrainConfig
-from distill.training.deepspeed_config import make_deepspeed_config
+from distill.training.deepspeed_config import (
+    check_precision,
+    make_deepspeed_config,
+    needs_compiler,
+)
 from distill.training.schedule import learning_rate_factor
 from serve.errors import ConfigurationError
 
@@ -43,7 +48,7 @@ def test_without_zero_the_weights_stay_in_fp32():
 
 
 def test_fp16_turns_automatic_bf16_off():
-    config = make(deepspeed={"fp16": {"enabled": True}})
+    config = make(fp16=True)
     assert config["fp16"]["enabled"]
     assert not config["bf16"]["enabled"]
 
@@ -57,10 +62,42 @@ def test_deepspeed_keys_are_merged_over_the_generated_ones():
     assert config["wall_clock_breakdown"] is True
 
 
-def test_adam_needs_no_compiler_unless_it_offloads():
-    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    assert make()["optimizer"]["params"]["torch_adam"]
-    assert not make(deepspeed=offload)["optimizer"]["params"]["torch_adam"]
+def test_adam_needs_no_compiler_unless_it_is_asked_for():
+    config = make(offload_optimizer=True)
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert not needs_compiler(config)
+    assert needs_compiler(make(deepspeed={"optimizer": {"params": {"torch_adam": False}}}))
+
+
+def test_what_is_offloaded_may_be_told_more_of():
+    details = {"offload_param": {"pin_memory": True, "buffer_count": 7}}
+    config = make(
+        zero_stage=3, offload_param=True, deepspeed={"zero_optimization": details}, use_gpu=True
+    )
+    found = config["zero_optimization"]["offload_param"]
+    assert found == {"device": "cpu", "pin_memory": True, "buffer_count": 7}
+    assert "offload_optimizer" not in config["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"zero_stage": 0, "offload_optimizer": True}, "zero_stage 1, 2 or 3"),
+        ({"zero_stage": 2, "offload_param": True}, "zero_stage=3"),
+        ({"fp16": True, "bf16": True}, "fp16 and bf16"),
+        ({"fp16": True, "zero_stage": 0}, "zero_stage 1, 2 or 3"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings, named):
+    with pytest.raises(ValidationError, match=named):
+        TrainConfig(**settings)
+
+
+def test_fp16_needs_a_gpu():
+    check_precision(TrainConfig(fp16=True), use_gpu=True)
+    check_precision(TrainConfig(bf16=True), use_gpu=False)
+    with pytest.raises(ConfigurationError, match=r"train\.bf16"):
+        check_precision(TrainConfig(fp16=True), use_gpu=False)
 
 
 def test_accumulated_gradients_are_kept_in_fp32():
@@ -78,16 +115,17 @@ def test_accumulated_gradients_are_kept_in_fp32():
         ({"optimizer": {"params": {"lr": 1.0}}}, "train.learning_rate"),
         ({"scheduler": {"type": "WarmupLR"}}, "train.lr_scheduler_type"),
         ({"bf16": {"enabled": True}}, "train.bf16"),
+        ({"fp16": {"enabled": True}}, "train.fp16"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "train.offload_optimizer",
+        ),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "train.offload_param"),
     ],
 )
 def test_a_contradiction_names_the_key_to_use_instead(override, instead):
     with pytest.raises(ConfigurationError, match=instead):
         make(deepspeed=override)
-
-
-def test_fp16_and_bf16_together_are_refused():
-    with pytest.raises(ConfigurationError, match=r"train\.bf16=false"):
-        make(bf16=True, deepspeed={"fp16": {"enabled": True}})
 
 
 def test_saying_the_same_twice_is_no_contradiction():
@@ -110,3 +148,12 @@ def test_the_learning_rate_rises_then_follows_its_schedule(kind):
 
 def test_without_warm_up_the_first_step_is_at_full_rate():
     assert learning_rate_factor(0, num_steps=1, warmup_ratio=0.0, kind="cosine") == 1.0
+
+
+def test_warm_up_steps_take_the_place_of_the_ratio():
+    def factor(step):
+        return learning_rate_factor(
+            step, num_steps=100, warmup_ratio=0.5, kind="constant", warmup_steps=4
+        )
+
+    assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -14,6 +14,7 @@ from serve.folding import Folding
 from tests import programs
 
 PROMPTS, ADAPTER = predictor_prompts(programs.TwoSteps()), dspy.ChatAdapter()
+ASKED = {"role": "user", "content": "hi"}
 SAID = {"role": "assistant", "content": "hello"}
 
 
@@ -38,11 +39,25 @@ def trace(**changes):
 
 def test_a_chat_log_becomes_rows_of_its_messages(tmp_path):
     asked = [{"role": "user", "content": "hi", "name": "ann"}, {**SAID, "weight": 1}]
-    file = write(tmp_path / "a.jsonl", {"messages": asked, "id": 7}, "", {"messages": [SAID]})
+    file = write(
+        tmp_path / "a.jsonl", {"messages": asked, "id": 7}, "", {"messages": [ASKED, SAID]}
+    )
     imports.check([file])
     (first, _), counts = rows([file])
     assert first.messages == [{"role": "user", "content": "hi"}, SAID]
     assert (counts.imported, counts.full) == (2, 2)
+
+
+def test_a_weight_of_0_is_kept_and_another_is_wrong(tmp_path):
+    asked = [{"role": "user", "content": "hi"}, {**SAID, "weight": 0}, {**SAID, "weight": 1}]
+    (row,), _ = rows([write(tmp_path / "a.jsonl", {"messages": asked})])
+    assert row.messages == [*asked[:2], SAID]
+    for messages, error in (
+        ([ASKED, {**SAID, "weight": 0}], "every message of the assistant has weight 0"),
+        ([ASKED, {**SAID, "weight": 0.5}], r"messages\[1\]\.weight: expected 0 or 1, found 0\.5"),
+    ):
+        with pytest.raises(ConfigurationError, match=error):
+            imports.check([write(tmp_path / "b.jsonl", {"messages": messages})])
 
 
 def test_a_chat_that_is_a_predictors_prompt_is_folded(tmp_path):
@@ -75,11 +90,13 @@ def test_exported_traces_become_rows_and_rejected_ones_do_not(tmp_path):
         ({"messages": [{"role": "tool", "content": "x"}, SAID]}, r"messages\[0\]: expected a role"),
         ({"messages": [{"role": "user", "content": [{}]}, SAID]}, r"messages\[0\].content"),
         ({"messages": ["hi"]}, r"messages\[0\]"),
+        ({"messages": [SAID]}, "nothing asks for it"),
+        ({"messages": [ASKED, {**SAID, "tool_calls": [{}]}]}, r"messages\[1\].tool_calls"),
         ({"calls": []}, "is not a trace"),
     ],
 )
 def test_what_cannot_be_a_row_is_refused_by_file_and_line(tmp_path, line, said):
-    file = write(tmp_path / "log.jsonl", {"messages": [SAID]}, line)
+    file = write(tmp_path / "log.jsonl", {"messages": [ASKED, SAID]}, line)
     with pytest.raises(ConfigurationError, match=rf"log\.jsonl, line 2: .*{said}"):
         imports.check([file])
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from distill import pipeline, preflight
+from distill import pipeline, preflight, runs
 from distill.config_file import load_config
 from distill.datasets import example_id
 from distill.progress import ProgressReporter
@@ -39,8 +39,8 @@ def make_run(tmp_path):
         config = load_config(tmp_path / "c.yaml")
         directory = RunDir(f"{config.storage}/{config.name}")
         progress = ProgressReporter(Console(file=io.StringIO()))
-        run = pipeline.Run(config, preflight.load(config), directory, progress)
-        write_traces(pipeline.teacher_job(run), moods)
+        run = runs.Run(config, preflight.load(config), directory, progress)
+        write_traces(runs.teacher_job(run), moods)
         return run
 
     return make

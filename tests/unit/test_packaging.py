@@ -92,7 +92,7 @@ def test_the_console_script_is_a_function_that_exists():
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("distill", ["hub"]), ("serve", []), ("examples", ["dev"])]
+    ("folder", "extras"), [("distill", ["hub", "lora"]), ("serve", []), ("examples", ["dev"])]
 )
 def test_every_third_party_import_is_a_declared_dependency(folder, extras):
     declared = {canonicalize_name(requirement.name) for requirement in _requirements(*extras)}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from distill.rows import check_renderable, predictor_prompts, render_rows
 from distill.tracing.trace import PredictorCall, Trace, Usage
 from distill.tracing.values import jsonable, revive, revive_prediction
+from distill.turns import is_trained
 from serve.errors import ConfigurationError
 from serve.folding import Folding
 from tests import programs
@@ -97,6 +98,21 @@ def test_demos_are_part_of_the_prompt_and_fold_away():
         [trace([judged()])], predictor_prompts(program), dspy.ChatAdapter(), folding
     )
     assert len(folded[0].messages) == 2
+
+
+def test_only_the_traced_answer_of_a_row_is_trained_on():
+    program = programs.TwoSteps()
+    program.judge.demos = [dspy.Example(text="fog", mood="bad")]
+    chat = dspy.Signature("text, history: dspy.History -> reply")
+    history = {"messages": [{"text": "hi", "reply": "ho"}]}
+    talk = PredictorCall("chat", {"text": "and you?", "history": history}, {"reply": "well"})
+    prompts = {**predictor_prompts(program), "chat": (chat, [])}
+    rows, _ = render_rows([trace([judged(), talk])], prompts, dspy.ChatAdapter())
+    for row in rows:
+        said = [message for message in row.messages if message["role"] == "assistant"]
+        assert len(said) == 2
+        assert [is_trained(message) for message in said] == [False, True]
+        assert is_trained(row.messages[-1])
 
 
 class Item(pydantic.BaseModel):

@@ -50,6 +50,13 @@ def test_a_manifest_is_read_back_as_it_was_written(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["program.json", "student.json"]
 
 
+def test_a_manifest_from_before_provenance_is_read(folder):
+    written = json.loads((folder / "student.json").read_text())
+    del written["provenance"]
+    (folder / "student.json").write_text(json.dumps(written))
+    assert Manifest.load(folder).provenance == {}
+
+
 def test_the_program_comes_with_its_state_and_without_an_lm(folder):
     program = load_program(folder)
     assert [dict(demo) for demo in program.triage.demos] == [DEMO]

@@ -48,6 +48,7 @@ def test_numpy_scalars_whole_floats_and_paths_are_taken():
         {
             "num_train_epochs": 3.0,
             "logging_steps": np.float64(2.0),
+            "save_strategy": "steps",
             "save_steps": np.int64(9),
             "learning_rate": np.float32(0.5),
             "bf16": np.bool_(False),
@@ -84,7 +85,7 @@ def test_max_seq_length_is_the_older_name_of_max_length():
         ("num_epochs", "num_train_epochs"),
         ("batch_size", "per_device_train_batch_size"),
         ("train_batch_size", "per_device_train_batch_size"),
-        ("warmup_steps", "warmup_ratio"),
+        ("warmup_step", "warmup_steps"),
         ("output_directory", "output_dir"),
     ],
 )
