@@ -1,9 +1,10 @@
 """Training against TRL's SFTTrainer: rows per second, and what the student then gets right.
 
-    python -m venv trl && trl/bin/pip install trl
-    python -m benchmarks.training --data DIR --trl trl/bin/python [--workers N] [--out FILE]
+    make .venv-trl/.installed
+    python -m benchmarks.training --data DIR [--snips DIR] [--workers N] [--out FILE]
 
-DIR holds the folders banking77 and snips. Both trainers start from the same weights and take
+The folders hold the files of Banking77 and of SNIPS (see ``_rows``); by default the second is
+the first one's neighbour. Both trainers start from the same weights and take
 the same rows, as full prompts and folded, on as many workers, one after the other on the
 same machine; each with the fastest of the batch sizes. Only the training loop is timed:
 neither side's start, tokenising or saving. Both learn completions only.
@@ -31,7 +32,7 @@ import torch
 
 from benchmarks import _rows
 from distill import summary
-from distill.config import SCRATCH_RECIPE, ScratchConfig, StudentConfig, TrainConfig
+from distill.config import ScratchConfig, StudentConfig, TrainConfig
 from distill.rows import Row
 from distill.training.base_model import load_model, load_tokenizer, make_scratch
 from distill.training.batches import collate, plan_epoch
@@ -83,14 +84,16 @@ Trainer = Callable[[Setting], float]
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time training against TRL.")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--trl", type=Path, required=True, help="python of TRL's environment")
+    parser.add_argument("--data", type=Path, required=True, help="folder of Banking77's files")
+    parser.add_argument("--snips", type=Path, help="folder of SNIPS' files")
+    parser.add_argument("--trl", type=Path, default=ROOT / ".venv-trl" / "bin" / "python")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=12, help="of Banking77, folded")
     parser.add_argument("--short-epochs", type=int, default=2, help="of the short program")
     parser.add_argument("--short-rows", type=int, default=4000, help="of it, for the accuracy")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "training.json")
     args = parser.parse_args()
+    folders = {"banking77": args.data, "snips": args.snips or args.data.parent / "snips"}
     cases = [
         Case("banking77", "full", (4, 8), 96, 0),
         Case("banking77", "folded", (16, 32), 4000, args.epochs),
@@ -103,9 +106,9 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             for case in cases:
-                bench = Bench(case, args, Path(scratch))
-                figures[f"{case.name} {case.prompt}"] = bench.measure(trainers)
-                print(json.dumps({f"{case.name} {case.prompt}": figures[f"{case.name} {case.prompt}"]}), flush=True)
+                bench = Bench(case, folders[case.name], args, Path(scratch))
+                found = figures[f"{case.name} {case.prompt}"] = bench.measure(trainers)
+                print(case.name, case.prompt, json.dumps(found), flush=True)
     finally:
         ray.shutdown()
     _write(args, figures)
@@ -137,12 +140,12 @@ def _write(args: argparse.Namespace, figures: Mapping[str, Any]) -> None:
 class Bench:
     """Measures one case."""
 
-    def __init__(self, case: Case, args: argparse.Namespace, scratch: Path) -> None:
+    def __init__(self, case: Case, data: Path, args: argparse.Namespace, scratch: Path) -> None:
         self.case, self.workers = case, args.workers
         self.folder = scratch / f"{case.name}-{case.prompt}"
         self.folder.mkdir()
         read, program = _PROGRAMS[case.name]
-        pairs, test = read(args.data / case.name)
+        pairs, test = read(data)
         random.Random(0).shuffle(pairs)
         if case.name == "snips":
             pairs = pairs[: args.short_rows]
@@ -154,7 +157,8 @@ class Bench:
             # One for both forms: what differs is the rows alone.
             both = [*self.rows, *_rows.render(program, pairs, folded=not folded)[0]]
             conversations = [row.messages for row in both]
-            make_scratch(self.base, conversations, ScratchConfig(dropout=0), max_length=MAX_LENGTH, seed=0)
+            sizes = ScratchConfig(dropout=0)
+            make_scratch(self.base, conversations, sizes, max_length=MAX_LENGTH, seed=0)
 
     def measure(self, trainers: Mapping[str, Trainer]) -> dict[str, Any]:
         """Figures of each trainer."""
@@ -244,9 +248,7 @@ def _accuracy(out: Path, rows: list[Row]) -> float:
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, tokenizer, torch.float32).eval()
     encoded, _ = encode([row.messages for row in rows], tokenizer, MAX_LENGTH)
-    plan = plan_epoch(
-        encoded.lengths, encoded.loss_weights(0.0), world_size=1, micro_batch_size=64
-    )
+    plan = plan_epoch(encoded.lengths, encoded.loss_weights(0.0), world_size=1, micro_batch_size=64)
     exact = 0.0
     for step in plan:
         batch = collate(encoded, step.micro_batches[0][0], 0.0, tokenizer.pad_token_id)
