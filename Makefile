@@ -13,6 +13,10 @@ COMPAT_DSPY := 3.1.2
 COMPAT := .venv-compat
 COMPAT_INSTALLED := $(COMPAT)/.installed
 
+# What training is timed against, in an environment of its own.
+TRL := .venv-trl
+TRL_INSTALLED := $(TRL)/.installed
+
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
@@ -58,11 +62,17 @@ lint: $(INSTALLED)  ## ruff and mypy
 format: $(INSTALLED)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## run every benchmark: make bench DATA=DIR, the folder of Banking77's files
+bench: $(INSTALLED) $(TRL_INSTALLED)  ## run every benchmark: make bench DATA=DIR, the folder of Banking77's files
 	set -e; for name in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))); do $(BIN)/python -m benchmarks.$$name --data '$(or $(DATA),$(error give the folder of Banking77 files: make bench DATA=DIR))'; done
+
+$(TRL_INSTALLED):
+	$(CHECK_PYTHON)
+	'$(PYTHON)' -m venv $(TRL)
+	$(TRL)/bin/pip install -q --disable-pip-version-check trl==1.16.0
+	@touch $@
 
 dist: $(INSTALLED)  ## the wheel and constraints that cluster.yaml installs on each node
 	rm -rf build dist && $(BIN)/pip wheel -q --no-deps -w dist . && cp constraints.txt dist/
 
 clean:  ## remove the environments, caches and build outputs; runs/ stays
-	rm -rf .venv $(COMPAT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv $(COMPAT) $(TRL) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
