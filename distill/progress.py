@@ -158,4 +158,6 @@ class _LineStage(_StageBase):
         since, before = self._first
         left = (total - done) * (now - since) / (done - before) if done > before else None
         rest = "" if left is None else f", {left:.0f} s left"
-        self._reporter.console.print(f"  {self._name} {done}/{total} {escape(self.text)}{rest}")
+        line = f"  {self._name} {done}/{total} {escape(self.text)}{rest}"
+        # One line in a log file too, however narrow rich takes it to be.
+        self._reporter.console.print(line, soft_wrap=True)
