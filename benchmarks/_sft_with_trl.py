@@ -39,6 +39,7 @@ def main() -> None:
             optim="adamw_torch_fused",
             model_init_kwargs={"dtype": "float32"},
             ddp_backend="gloo" if settings["workers"] > 1 else None,
+            ddp_find_unused_parameters=False,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -52,6 +53,10 @@ def main() -> None:
     if trainer.is_world_process_zero():
         figures = {"seconds": result.metrics["train_runtime"], "loss": result.training_loss}
         (Path(settings["out"]) / "result.json").write_text(json.dumps(figures))
+    if torch.distributed.is_initialized():
+        # A rank that leaves while another still talks to it would abort.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _dataset(rows: Path) -> Dataset:

@@ -96,9 +96,9 @@ def main() -> None:
     folders = {"banking77": args.data, "snips": args.snips or args.data.parent / "snips"}
     cases = [
         Case("banking77", "full", (4, 8), 96, 0),
-        Case("banking77", "folded", (16, 32), 4000, args.epochs),
-        Case("snips", "full", (8, 16), 1000, args.short_epochs),
-        Case("snips", "folded", (16, 32), 4000, args.short_epochs),
+        Case("banking77", "folded", (16, 32, 64, 128), 4000, args.epochs),
+        Case("snips", "full", (4, 8, 16), 1000, args.short_epochs),
+        Case("snips", "folded", (16, 32, 64), 4000, args.short_epochs),
     ]
     trainers = {"raydistill": _train, "trl": lambda setting: _train_with_trl(args.trl, setting)}
     ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
@@ -109,9 +109,10 @@ def main() -> None:
                 bench = Bench(case, folders[case.name], args, Path(scratch))
                 found = figures[f"{case.name} {case.prompt}"] = bench.measure(trainers)
                 print(case.name, case.prompt, json.dumps(found), flush=True)
+                # Half an hour's figures outlive what goes wrong after them.
+                _write(args, figures)
     finally:
         ray.shutdown()
-    _write(args, figures)
 
 
 def _write(args: argparse.Namespace, figures: Mapping[str, Any]) -> None:
@@ -122,7 +123,8 @@ def _write(args: argparse.Namespace, figures: Mapping[str, Any]) -> None:
 
     ratios = {key: ratio(key, key) for key in figures}
     for name in ("banking77", "snips"):
-        ratios[f"{name}: ours folded to TRL full"] = ratio(f"{name} folded", f"{name} full")
+        if f"{name} folded" in figures:
+            ratios[f"{name}: ours folded to TRL full"] = ratio(f"{name} folded", f"{name} full")
     version = "import trl, transformers as t; print(trl.__version__, t.__version__)"
     trl = subprocess.run([args.trl, "-c", version], capture_output=True, text=True, check=True)
     everything = {
@@ -131,10 +133,11 @@ def _write(args: argparse.Namespace, figures: Mapping[str, Any]) -> None:
         "workers": args.workers,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
+        "recipe": RECIPE,
         "versions": {**summary.versions(), "trl": trl.stdout.split()},
     }
     args.out.write_text(json.dumps(everything, indent=2) + "\n")
-    print(json.dumps(ratios, indent=2))
+    print(json.dumps(ratios, indent=2), flush=True)
 
 
 class Bench:
